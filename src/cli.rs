@@ -1,0 +1,122 @@
+//! The command line: what was typed, then what it means.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use log::Level;
+
+use crate::check;
+use crate::config::Settings;
+use crate::server::{self, Start};
+
+/// Sends each signed-in person to their own `t3 serve` instance, and pairs the browser on the way.
+#[derive(Debug, Parser)]
+#[command(
+    name = "t3-dispatch",
+    version,
+    propagate_version = true,
+    max_term_width = 100
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the dispatcher
+    ///
+    /// SIGHUP reads the dispatch table again, SIGQUIT hands over to a process started with --upgrade, SIGTERM waits for
+    /// requests in flight, SIGINT does not. RUST_LOG sets the log level (default: info).
+    Serve(Serve),
+    /// Tell whether everything is in place: settings, table, mint command, and every instance
+    ///
+    /// One line for each. The exit status is 0 only if all is well.
+    Check(Check),
+}
+
+#[derive(Debug, Args)]
+struct Serve {
+    /// Settings file; without it the defaults hold
+    #[arg(short, long, value_name = "FILE")]
+    conf: Option<PathBuf>,
+    /// Take over the listening sockets of a running process, which is then to get SIGQUIT
+    #[arg(short, long)]
+    upgrade: bool,
+    /// Go to the background
+    #[arg(short, long)]
+    daemon: bool,
+    /// Only test the settings and the table, then exit
+    #[arg(short, long)]
+    test: bool,
+}
+
+#[derive(Debug, Args)]
+struct Check {
+    /// Settings file; without it the defaults hold
+    #[arg(short, long, value_name = "FILE")]
+    conf: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Pair this user for real: mint, exchange, cookie, session check
+    #[arg(long, value_name = "USER")]
+    pair: Option<String>,
+}
+
+/// Runs the command line of this process and gives its exit status: 0 for success, 1 for a fault, 2 for a command that
+/// cannot be read.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log();
+    match cli.command {
+        Command::Serve(serve) => {
+            let start = Start {
+                upgrade: serve.upgrade,
+                daemon: serve.daemon,
+                test: serve.test,
+            };
+            let ran = Settings::load(serve.conf.as_deref())
+                .map_err(|error| error.to_string())
+                .and_then(|settings| {
+                    server::serve(settings, start).map_err(|error| error.to_string())
+                });
+            match ran {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("t3-dispatch: {error}");
+                    ExitCode::FAILURE
+                }
+            }
+        }
+        Command::Check(check) => {
+            let report = check::run(check.conf.as_deref(), check.pair.as_deref());
+            if check.json {
+                println!("{:#}", report.json());
+            } else {
+                report.print();
+            }
+            if report.all_well() {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
+        }
+    }
+}
+
+fn start_log() {
+    let default = env_logger::Env::default().default_filter_or("info,pingora=warn");
+    env_logger::Builder::from_env(default)
+        .format(|line, record| {
+            // On its finer levels Pingora writes whole requests, cookies included, whatever RUST_LOG asks for.
+            if record.target().starts_with("pingora") && record.level() > Level::Info {
+                return Ok(());
+            }
+            let (time, level) = (line.timestamp_millis(), record.level());
+            writeln!(line, "{time} {level} {}", record.args())
+        })
+        .init();
+}

@@ -1,0 +1,453 @@
+//! Settings: what was written in the file, then what it means.
+//!
+//! One YAML file holds Pingora's own keys at its top level and ours under `dispatch`. A file is read whole and every
+//! fault in it is reported at once, each with its key path, the value that was not liked, and what to write instead.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http::HeaderName;
+use ipnet::IpNet;
+use pingora::server::configuration::ServerConf;
+use serde::de::DeserializeOwned;
+use yaml_serde::{Mapping, Value};
+
+/// Everything that `serve` and `check` need to know, ready to use.
+#[derive(Debug)]
+pub struct Settings {
+    /// Pingora's own settings, from the top level of the file.
+    pub pingora: ServerConf,
+    /// Ours, from the section `dispatch`.
+    pub dispatch: Dispatch,
+    /// What is odd but no fault: top-level keys that neither Pingora nor we know.
+    pub warnings: Vec<String>,
+}
+
+/// The section `dispatch`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Dispatch {
+    /// Addresses that people's requests come in on.
+    pub listen: Vec<SocketAddr>,
+    /// Address of `/metrics`, `/healthz` and `/readyz` for the operator.
+    pub admin: SocketAddr,
+    /// Path of the dispatch table.
+    pub table: PathBuf,
+    /// How often the table is read again even when nothing seems to have changed.
+    pub table_poll: Duration,
+    /// How a request says who is asking.
+    pub identity: Identity,
+    /// How an instance is asked about a session.
+    pub session: Session,
+    /// How a browser is paired with an instance.
+    pub pairing: Pairing,
+}
+
+/// The section `dispatch.identity`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Identity {
+    /// Header in which the sign-on edge names the person.
+    pub header: HeaderName,
+    /// Socket peers whose header is believed.
+    pub trusted_proxies: Vec<IpNet>,
+}
+
+/// The section `dispatch.session`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Session {
+    /// Path on the instance that tells whether a cookie is alive.
+    pub check_path: String,
+    /// Longest wait for that answer; after it the request is proxied.
+    pub check_timeout: Duration,
+}
+
+/// The section `dispatch.pairing`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pairing {
+    /// Command that mints a credential; the OS user is appended as its last argument.
+    pub mint: Vec<String>,
+    /// Longest run of that command.
+    pub mint_timeout: Duration,
+    /// Paths on the instance that take a credential, the preferred one first.
+    pub endpoints: Vec<String>,
+    /// Longest wait for the instance to take a credential, over all endpoints.
+    pub exchange_timeout: Duration,
+    /// Mints that may run at once.
+    pub max_concurrent: usize,
+    /// Pairings that one user may have in a minute.
+    pub per_user_per_minute: usize,
+}
+
+/// One thing that is wrong with the settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// Path of the key, such as `dispatch.session.check_timeout`; empty where the file as a whole is meant.
+    pub key: String,
+    /// What is wrong with it, and what to write instead.
+    pub what: String,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.key.is_empty() {
+            f.write_str(&self.what)
+        } else {
+            write!(f, "{}: {}", self.key, self.what)
+        }
+    }
+}
+
+/// Settings that cannot be used: every fault that the file has.
+#[derive(Debug, thiserror::Error)]
+#[error("{file}: {}", list(faults))]
+pub struct ConfigError {
+    /// The file, as it was named.
+    pub file: String,
+    /// All of its faults, never empty.
+    pub faults: Vec<Fault>,
+}
+
+/// One fault on the line of the file, several below it.
+fn list(faults: &[Fault]) -> String {
+    match faults {
+        [only] => only.to_string(),
+        many => many
+            .iter()
+            .fold(format!("{} faults", many.len()), |text, fault| {
+                format!("{text}\n  {fault}")
+            }),
+    }
+}
+
+impl Settings {
+    /// Reads the file, or takes the defaults where there is none.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is not YAML, or says something that cannot be meant.
+    pub fn load(file: Option<&Path>) -> Result<Settings, ConfigError> {
+        let Some(file) = file else {
+            return Settings::parse("").map_err(|faults| ConfigError {
+                file: "default settings".into(),
+                faults,
+            });
+        };
+        std::fs::read_to_string(file)
+            .map_err(|error| {
+                vec![Fault {
+                    key: String::new(),
+                    what: format!("cannot be read: {error}; name a readable settings file with -c"),
+                }]
+            })
+            .and_then(|text| Settings::parse(&text))
+            .map_err(|faults| ConfigError {
+                file: file.display().to_string(),
+                faults,
+            })
+    }
+
+    /// The meaning of a settings file's text.
+    ///
+    /// # Errors
+    /// All faults of the text.
+    pub fn parse(text: &str) -> Result<Settings, Vec<Fault>> {
+        let mut top = match yaml_serde::from_str(text) {
+            Ok(Value::Mapping(map)) => map,
+            Ok(Value::Null) => Mapping::new(),
+            Ok(_) => return Err(vec![whole("is not a mapping of keys to values")]),
+            Err(error) => return Err(vec![whole(format!("is not YAML: {error}"))]),
+        };
+        let mut faults = Vec::new();
+        let ours = top.remove("dispatch").unwrap_or(Value::Null);
+        let dispatch = Dispatch::read(Section::new("dispatch".into(), ours, &mut faults));
+        let (pingora, warnings) = read_pingora(top, &mut faults);
+        if faults.is_empty() {
+            Ok(Settings {
+                pingora,
+                dispatch,
+                warnings,
+            })
+        } else {
+            Err(faults)
+        }
+    }
+}
+
+fn whole(what: impl Into<String>) -> Fault {
+    Fault {
+        key: String::new(),
+        what: what.into(),
+    }
+}
+
+impl Dispatch {
+    fn read(mut section: Section<'_>) -> Dispatch {
+        let dispatch = Dispatch {
+            listen: section.take("listen", &["0.0.0.0:3780"], |text: Vec<String>| {
+                text.iter().map(|one| address(one)).collect()
+            }),
+            admin: section.take("admin", "127.0.0.1:3781", |text: String| address(&text)),
+            table: section.take("table", "/etc/t3-serve/dispatch.json", |path: PathBuf| {
+                filled(path, |path| path.as_os_str().is_empty(), "a path")
+            }),
+            table_poll: section.take("table_poll", "60s", duration),
+            identity: {
+                let mut section = section.section("identity");
+                let identity = Identity {
+                    header: section.take("header", "X-authentik-username", header_name),
+                    trusted_proxies: section.take(
+                        "trusted_proxies",
+                        &["127.0.0.0/8", "::1/128"],
+                        |text: Vec<String>| text.iter().map(|one| network(one)).collect(),
+                    ),
+                };
+                section.finish();
+                identity
+            },
+            session: {
+                let mut section = section.section("session");
+                let session = Session {
+                    check_path: section.take("check_path", "/api/auth/session", path),
+                    check_timeout: section.take("check_timeout", "5s", duration),
+                };
+                section.finish();
+                session
+            },
+            pairing: {
+                let mut section = section.section("pairing");
+                let pairing = Pairing {
+                    mint: section.take(
+                        "mint",
+                        &["sudo", "-n", "/usr/local/bin/t3-mint"],
+                        |argv: Vec<String>| {
+                            filled(
+                                argv,
+                                |argv| argv.first().is_none_or(String::is_empty),
+                                "a program and its arguments",
+                            )
+                        },
+                    ),
+                    mint_timeout: section.take("mint_timeout", "10s", duration),
+                    endpoints: section.take(
+                        "endpoints",
+                        &["/api/auth/browser-session", "/api/auth/bootstrap"],
+                        |paths: Vec<String>| {
+                            filled(paths, Vec::is_empty, "at least one path")?
+                                .into_iter()
+                                .map(path)
+                                .collect()
+                        },
+                    ),
+                    exchange_timeout: section.take("exchange_timeout", "10s", duration),
+                    max_concurrent: section.take("max_concurrent", 2, at_least_one),
+                    per_user_per_minute: section.take("per_user_per_minute", 6, at_least_one),
+                };
+                section.finish();
+                pairing
+            },
+        };
+        if dispatch.listen.is_empty() {
+            section.fault("listen", "is empty: name at least one address to listen on");
+        }
+        if dispatch.listen.contains(&dispatch.admin) {
+            section.fault(
+                "admin",
+                format!(
+                    "{} is also in dispatch.listen: give it an address of its own",
+                    dispatch.admin
+                ),
+            );
+        }
+        section.finish();
+        dispatch
+    }
+}
+
+/// A mapping that is read key by key. What nobody asked for by the time of [`Section::finish`] is unknown.
+struct Section<'a> {
+    path: String,
+    map: Mapping,
+    known: Vec<&'static str>,
+    faults: &'a mut Vec<Fault>,
+}
+
+impl<'a> Section<'a> {
+    fn new(path: String, value: Value, faults: &'a mut Vec<Fault>) -> Section<'a> {
+        let map = match value {
+            Value::Mapping(map) => map,
+            Value::Null => Mapping::new(),
+            other => {
+                faults.push(Fault {
+                    key: path.clone(),
+                    what: format!("{} is not a mapping of keys to values", shown(&other)),
+                });
+                Mapping::new()
+            }
+        };
+        Section {
+            path,
+            map,
+            known: Vec::new(),
+            faults,
+        }
+    }
+
+    fn section(&mut self, key: &'static str) -> Section<'_> {
+        self.known.push(key);
+        let value = self.map.remove(key).unwrap_or(Value::Null);
+        Section::new(format!("{}.{key}", self.path), value, self.faults)
+    }
+
+    /// The meaning of `key`, or of `default`, which is written as it would be in the file, where it is absent.
+    fn take<W: DeserializeOwned, T>(
+        &mut self,
+        key: &'static str,
+        default: impl serde::Serialize,
+        meaning: impl Fn(W) -> Result<T, String>,
+    ) -> T {
+        self.known.push(key);
+        let read = |value: &Value| {
+            yaml_serde::from_value(value.clone())
+                .map_err(|error| format!("{} is not usable: {error}", shown(value)))
+                .and_then(&meaning)
+        };
+        let written = self.map.remove(key).map(|value| read(&value));
+        match written {
+            Some(Ok(meant)) => meant,
+            written => {
+                if let Some(Err(what)) = written {
+                    self.fault(key, what);
+                }
+                let default = yaml_serde::to_value(default).unwrap_or(Value::Null);
+                read(&default).expect("a default is a valid setting")
+            }
+        }
+    }
+
+    fn fault(&mut self, key: &str, what: impl Into<String>) {
+        self.faults.push(Fault {
+            key: format!("{}.{key}", self.path),
+            what: what.into(),
+        });
+    }
+
+    fn finish(mut self) {
+        let unknown: Vec<String> = self.map.keys().map(plain).collect();
+        for key in unknown {
+            let what = format!("is not a key here; the keys are {}", self.known.join(", "));
+            self.fault(&key, what);
+        }
+    }
+}
+
+/// Pingora ignores keys that it does not know and stops at the first bad value; here each key is tried by itself.
+fn read_pingora(top: Mapping, faults: &mut Vec<Fault>) -> (ServerConf, Vec<String>) {
+    let known = match yaml_serde::to_value(ServerConf::default()) {
+        Ok(Value::Mapping(map)) => map,
+        _ => Mapping::new(),
+    };
+    let threads_written = top.contains_key("threads");
+    let faults_before = faults.len();
+    let mut warnings = Vec::new();
+    let mut accepted = Mapping::new();
+    for (key, value) in top {
+        let name = plain(&key);
+        if !known.contains_key(&key) {
+            warnings.push(format!(
+                "{name}: is neither a key of Pingora's nor the section `dispatch`; it is ignored"
+            ));
+            continue;
+        }
+        let alone = Mapping::from_iter([(key.clone(), value.clone())]);
+        let tried = yaml_serde::from_value::<ServerConf>(Value::Mapping(alone))
+            .map_err(|error| format!("{} is not usable: {error}", shown(&value)))
+            .and_then(|conf| conf.validate().map_err(|error| error.to_string()))
+            .and_then(|conf| {
+                // Pingora takes both zeros and then serves nobody.
+                if conf.threads == 0 || conf.max_retries == 0 {
+                    Err("0 would serve no request: write at least 1".into())
+                } else {
+                    Ok(())
+                }
+            });
+        match tried {
+            Ok(()) => {
+                accepted.insert(key, value);
+            }
+            Err(what) => faults.push(Fault { key: name, what }),
+        }
+    }
+    let mut conf = match yaml_serde::from_value::<ServerConf>(Value::Mapping(accepted)) {
+        Ok(conf) => conf,
+        Err(error) => {
+            if faults.len() == faults_before {
+                faults.push(whole(error.to_string()));
+            }
+            ServerConf::default()
+        }
+    };
+    if !threads_written {
+        conf.threads = std::thread::available_parallelism().map_or(1, usize::from);
+    }
+    (conf, warnings)
+}
+
+/// A value on one line, as a person would recognise it.
+fn shown(value: &Value) -> String {
+    serde_json::to_string(value).unwrap_or_else(|_| "this value".into())
+}
+
+/// A key, which is nearly always a string, without quotes.
+fn plain(key: &Value) -> String {
+    key.as_str().map_or_else(|| shown(key), str::to_owned)
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| {
+        format!(
+            "{text:?} is not an IP address with a port: write for example 0.0.0.0:3780 or [::]:3780"
+        )
+    })
+}
+
+fn network(text: &str) -> Result<IpNet, String> {
+    text.parse::<IpNet>()
+        .or_else(|_| text.parse().map(|one: std::net::IpAddr| IpNet::from(one)))
+        .map_err(|_| format!("{text:?} is not a network: write for example 10.0.0.0/8 or ::1/128"))
+}
+
+fn duration(text: String) -> Result<Duration, String> {
+    match humantime::parse_duration(&text) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err(format!(
+            "{text:?} is not a duration above zero: write for example 60s or 500ms"
+        )),
+    }
+}
+
+fn header_name(text: String) -> Result<HeaderName, String> {
+    HeaderName::try_from(&text).map_err(|_| format!("{text:?} is not a header name"))
+}
+
+fn path(text: String) -> Result<String, String> {
+    // It goes into a request line, so nothing may end that line or the path in it.
+    if text.starts_with('/') && text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        Ok(text)
+    } else {
+        Err(format!(
+            "{text:?} is not a path: it begins with / and has no blanks"
+        ))
+    }
+}
+
+fn at_least_one(number: usize) -> Result<usize, String> {
+    filled(number, |number| *number == 0, "at least 1")
+}
+
+fn filled<T: fmt::Debug>(value: T, empty: impl Fn(&T) -> bool, wanted: &str) -> Result<T, String> {
+    if empty(&value) {
+        Err(format!("{value:?} is not enough: write {wanted}"))
+    } else {
+        Ok(value)
+    }
+}

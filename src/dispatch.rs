@@ -1,0 +1,381 @@
+//! A request's walk through the house: `ProxyHttp`, each phase one short call into the room that knows.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use async_trait::async_trait;
+use http::{HeaderValue, StatusCode, header};
+use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::prelude::HttpPeer;
+use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
+use pingora::{Error, ErrorSource, ErrorType, Result};
+
+use crate::config::Dispatch;
+use crate::events::{self, Outcome};
+use crate::forward;
+use crate::identity::{IdentityError, who};
+use crate::instance::Caller;
+use crate::pair::{Paired, Pairer};
+use crate::refuse::{Refusal, answer};
+use crate::session::{
+    Verdict, accepts_html, asked_lately, has_session_cookie, is_document_navigation, read_check,
+    session_cookies,
+};
+use crate::table::{Instance, Tables};
+
+/// How long a client's unused connection is kept. Pingora would keep it for ever after its first request.
+const KEEPALIVE_SECONDS: u64 = 75;
+
+/// The dispatcher: everything that outlives a request.
+pub struct Dispatcher {
+    settings: Dispatch,
+    tables: Arc<Tables>,
+    caller: Arc<Caller>,
+    pairer: Arc<Pairer>,
+}
+
+/// What is known of one request so far.
+pub struct Ctx {
+    _in_flight: InFlight,
+    start: Instant,
+    /// Who asks, and where it goes; set once both are known.
+    found: Option<(String, Arc<Instance>)>,
+    outcome: Option<Outcome>,
+}
+
+/// Requests and tunnels that are not over, so that a process that leaves knows when it may.
+static IN_FLIGHT: AtomicUsize = AtomicUsize::new(0);
+
+/// Number of requests that are not over; an open WebSocket is one.
+pub fn requests_in_flight() -> usize {
+    IN_FLIGHT.load(Ordering::Acquire)
+}
+
+struct InFlight;
+
+impl InFlight {
+    fn enter() -> InFlight {
+        IN_FLIGHT.fetch_add(1, Ordering::AcqRel);
+        InFlight
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        IN_FLIGHT.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Dispatcher {
+    /// A dispatcher that follows `tables`.
+    pub fn new(settings: Dispatch, tables: Arc<Tables>) -> Dispatcher {
+        let caller = Arc::new(Caller::default());
+        let pairer = Pairer::new(settings.pairing.clone(), caller.clone());
+        Dispatcher {
+            settings,
+            tables,
+            caller,
+            pairer,
+        }
+    }
+
+    /// Who asks, and the instance that is theirs.
+    fn find(
+        &self,
+        session: &Session,
+    ) -> Result<(String, Arc<Instance>), (Refusal, Option<String>)> {
+        // A peer without an address is on no network, so no rule can trust it.
+        let peer = client_ip(session).ok_or((Refusal::Internal, None))?;
+        let user =
+            who(peer, &session.req_header().headers, &self.settings.identity).map_err(|error| {
+                let refusal = match error {
+                    IdentityError::UntrustedPeer(peer) => Refusal::UntrustedProxy(peer),
+                    IdentityError::Ambiguous(header) => Refusal::AmbiguousIdentity(header),
+                    IdentityError::Missing => Refusal::UnknownUser,
+                };
+                (refusal, None)
+            })?;
+        match self.tables.current().get(user) {
+            Some(instance) => Ok((user.to_owned(), instance.clone())),
+            None => Err((Refusal::UnknownUser, Some(user.to_owned()))),
+        }
+    }
+
+    /// Whether the request comes with a session, as far as anybody can tell.
+    async fn has_session(&self, request: &RequestHeader, instance: &Instance) -> bool {
+        self.learn_cookie_name(instance).await;
+        let headers = &request.headers;
+        if !is_document_navigation(&request.method, headers) {
+            return has_session_cookie(headers, &instance.cookie);
+        }
+        let mut asked = None;
+        // The check may teach us that the cookie has another name by now, under which the browser may have one too.
+        while let Some(cookies) =
+            session_cookies(headers, &instance.cookie).filter(|now| asked.as_ref() != Some(now))
+        {
+            let verdict = self.check(instance, Some(&cookies)).await;
+            events::session_checked(verdict);
+            if verdict != Verdict::Dead {
+                return true;
+            }
+            asked = Some(cookies);
+        }
+        false
+    }
+
+    /// Asks the instance for the name of its session cookie, unless it has said so already.
+    async fn learn_cookie_name(&self, instance: &Instance) {
+        if instance.cookie.known().is_some() {
+            return;
+        }
+        let mut failed = instance.cookie.failed.lock().await;
+        if instance.cookie.known().is_none() && !asked_lately(*failed) {
+            self.check(instance, None).await;
+            *failed = instance.cookie.known().is_none().then(Instant::now);
+        }
+    }
+
+    /// Asks the instance about a session, and listens for the name of its cookie.
+    async fn check(&self, instance: &Instance, cookies: Option<&HeaderValue>) -> Verdict {
+        let rules = &self.settings.session;
+        match self
+            .caller
+            .get(instance, &rules.check_path, cookies, rules.check_timeout)
+            .await
+        {
+            Ok(answer) if answer.status == StatusCode::OK => {
+                let (verdict, name) = read_check(&answer.body);
+                if let Some(name) = name {
+                    instance.cookie.learn(&name);
+                }
+                verdict
+            }
+            _ => Verdict::Unknown,
+        }
+    }
+
+    /// Pairs the browser and sends it to its workspace.
+    async fn pair(
+        &self,
+        session: &mut Session,
+        ctx: &mut Ctx,
+        user: &str,
+        instance: &Arc<Instance>,
+    ) -> Result<bool> {
+        let outcome = self.pairer.pair(user, instance).await;
+        // Pairing takes seconds, in which the table may have taken the instance away.
+        let still = self
+            .tables
+            .current()
+            .get(user)
+            .is_some_and(|now| Arc::ptr_eq(now, instance));
+        match &*outcome {
+            _ if !still => refuse(session, ctx, Refusal::UnknownUser, Some(user)).await,
+            Ok(paired) => {
+                ctx.outcome = Some(Outcome::Paired);
+                answer(session, redirect(paired)?, bytes::Bytes::new()).await?;
+                Ok(true)
+            }
+            Err(error) => refuse(session, ctx, error.refusal(), Some(user)).await,
+        }
+    }
+}
+
+/// The redirect to the workspace that carries the fresh session cookie.
+fn redirect(paired: &Paired) -> Result<ResponseHeader> {
+    let mut header = ResponseHeader::build(StatusCode::FOUND, Some(4))?;
+    header.insert_header(header::LOCATION, "/")?;
+    header.insert_header(header::CACHE_CONTROL, "no-store")?;
+    for line in &paired.set_cookies {
+        header.append_header(header::SET_COOKIE, line)?;
+    }
+    Ok(header)
+}
+
+async fn refuse(
+    session: &mut Session,
+    ctx: &mut Ctx,
+    refusal: Refusal,
+    user: Option<&str>,
+) -> Result<bool> {
+    ctx.outcome = Some(Outcome::Refused);
+    events::refused(&refusal, user);
+    let request = session.req_header();
+    let page =
+        is_document_navigation(&request.method, &request.headers) && accepts_html(&request.headers);
+    refusal.send(session, page, user).await?;
+    Ok(true)
+}
+
+async fn healthy(session: &mut Session) -> Result<bool> {
+    let mut header = ResponseHeader::build(StatusCode::OK, Some(3))?;
+    header.insert_header(header::CONTENT_TYPE, "text/plain; charset=utf-8")?;
+    header.insert_header(header::CACHE_CONTROL, "no-store")?;
+    answer(session, header, bytes::Bytes::from_static(b"ok\n")).await?;
+    Ok(true)
+}
+
+fn client_ip(session: &Session) -> Option<IpAddr> {
+    Some(session.client_addr()?.as_inet()?.ip())
+}
+
+#[async_trait]
+impl ProxyHttp for Dispatcher {
+    type CTX = Ctx;
+
+    fn new_ctx(&self) -> Ctx {
+        Ctx {
+            _in_flight: InFlight::enter(),
+            start: Instant::now(),
+            found: None,
+            outcome: None,
+        }
+    }
+
+    async fn early_request_filter(&self, session: &mut Session, _ctx: &mut Ctx) -> Result<()> {
+        // `Some(0)` is what Pingora makes of a client that may keep its connection: for ever.
+        if session.get_keepalive() == Some(0) {
+            session.set_keepalive(Some(KEEPALIVE_SECONDS));
+        }
+        // Neither an upload that pauses nor a silent WebSocket is ended by us.
+        session.set_read_timeout(None);
+        if forward::is_websocket(session.req_header()) {
+            session.set_pipelining_enabled(false);
+        } else {
+            session.set_pipelining_enabled(true);
+            // Pingora would make a tunnel of less than a whole WebSocket handshake.
+            session.req_header_mut().remove_header(&header::UPGRADE);
+        }
+        Ok(())
+    }
+
+    async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> Result<bool> {
+        if matches!(
+            session.req_header().uri.path(),
+            "/healthz" | "/probe/healthz"
+        ) {
+            ctx.outcome = Some(Outcome::Health);
+            return healthy(session).await;
+        }
+        let (user, instance) = match self.find(session) {
+            Ok(found) => found,
+            Err((refusal, user)) => return refuse(session, ctx, refusal, user.as_deref()).await,
+        };
+        if !self.has_session(session.req_header(), &instance).await {
+            return self.pair(session, ctx, &user, &instance).await;
+        }
+        ctx.found = Some((user, instance));
+        Ok(false)
+    }
+
+    async fn upstream_peer(&self, session: &mut Session, ctx: &mut Ctx) -> Result<Box<HttpPeer>> {
+        match &ctx.found {
+            Some((_, instance)) => Ok(Box::new(forward::peer_for(instance, session.req_header()))),
+            None => Error::e_explain(ErrorType::InternalError, "no instance was chosen"),
+        }
+    }
+
+    async fn upstream_request_filter(
+        &self,
+        session: &mut Session,
+        request: &mut RequestHeader,
+        _ctx: &mut Ctx,
+    ) -> Result<()> {
+        forward::request_head(request, client_ip(session))
+    }
+
+    async fn response_filter(
+        &self,
+        session: &mut Session,
+        response: &mut ResponseHeader,
+        ctx: &mut Ctx,
+    ) -> Result<()> {
+        forward::response_head(response, session.req_header().version);
+        if !response.status.is_informational() {
+            events::first_byte(response.status, ctx.start.elapsed());
+        }
+        Ok(())
+    }
+
+    async fn fail_to_proxy(
+        &self,
+        session: &mut Session,
+        error: &Error,
+        ctx: &mut Ctx,
+    ) -> FailToProxy {
+        let client_gone = matches!(error.esource(), ErrorSource::Downstream)
+            && matches!(
+                error.etype(),
+                ErrorType::ReadError
+                    | ErrorType::WriteError
+                    | ErrorType::ConnectionClosed
+                    | ErrorType::ReadTimedout
+            );
+        let nothing_to_say = FailToProxy {
+            error_code: 0,
+            can_reuse_downstream: false,
+        };
+        if client_gone {
+            ctx.outcome.get_or_insert(Outcome::Aborted);
+            return nothing_to_say;
+        }
+        let user = ctx.found.as_ref().map(|(user, _)| user.clone());
+        if let (ErrorSource::Upstream, Some((user, instance))) = (error.esource(), &ctx.found) {
+            events::upstream_failed(user, instance.port, error.etype().as_str());
+        }
+        let refusal = match (error.esource(), error.etype()) {
+            (ErrorSource::Downstream, _) => Refusal::BadRequest,
+            (
+                ErrorSource::Upstream,
+                ErrorType::ConnectRefused
+                | ErrorType::ConnectTimedout
+                | ErrorType::ConnectNoRoute
+                | ErrorType::ConnectError
+                | ErrorType::SocketError
+                | ErrorType::BindError,
+            ) => Refusal::InstanceUnreachable,
+            (ErrorSource::Upstream, _) => Refusal::InstanceFailed,
+            _ => Refusal::Internal,
+        };
+        // Half an answer cannot be taken back: the connection ends, which is how the client learns of it.
+        if session.response_written().is_some() {
+            return nothing_to_say;
+        }
+        let error_code = refusal.status().as_u16();
+        session.set_keepalive(None);
+        // The client may be gone as well; there is nobody left to tell then.
+        let _ = refuse(session, ctx, refusal, user.as_deref()).await;
+        ctx.outcome = Some(Outcome::Failed);
+        FailToProxy {
+            error_code,
+            can_reuse_downstream: false,
+        }
+    }
+
+    async fn logging(&self, session: &mut Session, error: Option<&Error>, ctx: &mut Ctx) {
+        let unsaid = if error.is_some() {
+            Outcome::Failed
+        } else {
+            Outcome::Proxied
+        };
+        let status = session.response_written().map(|response| response.status);
+        events::request(ctx.outcome.unwrap_or(unsaid), status);
+    }
+
+    // Pingora's own lines quote paths, which may hold a ticket. Ours say what happened.
+    fn suppress_error_log(&self, _session: &Session, _ctx: &Ctx, _error: &Error) -> bool {
+        true
+    }
+
+    fn suppress_proxy_warn_log(
+        &self,
+        _session: &Session,
+        _ctx: &Ctx,
+        _error: &Error,
+        _context: ProxyWarnLogContext,
+    ) -> bool {
+        true
+    }
+}

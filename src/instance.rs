@@ -1,0 +1,179 @@
+//! Our own HTTP calls to an instance: the session check and the credential exchange.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use pingora::connectors::http::v1::Connector;
+use pingora::http::RequestHeader;
+use pingora::prelude::HttpPeer;
+use pingora::protocols::http::v1::client::HttpSession;
+use pingora::{Error, ErrorType, Result};
+
+use crate::table::{Instance, unique};
+
+/// Most that is read of an answer's body; real ones have a few hundred bytes.
+const BODY_LIMIT: usize = 256 * 1024;
+
+/// How long an unused connection to an instance is kept. An instance closes it after five seconds, so it must be
+/// given up well before.
+pub const IDLE: Duration = Duration::from_millis(3500);
+
+/// How long connecting over loopback may take.
+pub const CONNECT: Duration = Duration::from_secs(5);
+
+/// The address that an instance listens on.
+pub fn address(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}
+
+/// An instance's answer to a call.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its status.
+    pub status: StatusCode,
+    /// Its headers.
+    pub headers: HeaderMap,
+    /// Its body.
+    pub body: Vec<u8>,
+}
+
+/// Makes the calls. One serves the whole process.
+pub struct Caller {
+    connector: Connector,
+}
+
+impl Default for Caller {
+    fn default() -> Self {
+        Caller {
+            connector: Connector::new(None),
+        }
+    }
+}
+
+impl Caller {
+    /// Asks for `path`, over a kept connection where there is one.
+    ///
+    /// # Errors
+    /// When there is no whole answer within `limit`, or it is longer than 256 KiB.
+    pub async fn get(
+        &self,
+        instance: &Instance,
+        path: &str,
+        cookie: Option<&HeaderValue>,
+        limit: Duration,
+    ) -> Result<Answer> {
+        within(limit, async {
+            let mut request = request(Method::GET, path, instance.port)?;
+            if let Some(cookie) = cookie {
+                request.insert_header(header::COOKIE, cookie)?;
+            }
+            let mut kept = peer(instance.port, instance.generation);
+            kept.options.idle_timeout = Some(IDLE);
+            let (session, reused) = self.connector.get_http_session(&kept).await?;
+            match exchange(session, &request, b"").await {
+                Ok((answer, session)) => {
+                    self.connector
+                        .release_http_session(session, &kept, kept.options.idle_timeout)
+                        .await;
+                    Ok(answer)
+                }
+                // The instance may have closed the kept connection at that very moment.
+                Err(_) if reused => self.call_once(instance.port, &request, b"").await,
+                Err(error) => Err(error),
+            }
+        })
+        .await
+    }
+
+    /// Posts `body` as JSON, over a connection of its own: a credential must not be lost to a connection that the
+    /// instance is about to close.
+    ///
+    /// # Errors
+    /// When there is no whole answer, or it is longer than 256 KiB.
+    pub async fn post_json(&self, instance: &Instance, path: &str, body: &[u8]) -> Result<Answer> {
+        let mut request = request(Method::POST, path, instance.port)?;
+        request.insert_header(header::CONTENT_TYPE, "application/json")?;
+        request.insert_header(header::CONTENT_LENGTH, body.len())?;
+        self.call_once(instance.port, &request, body).await
+    }
+
+    async fn call_once(&self, port: u16, request: &RequestHeader, body: &[u8]) -> Result<Answer> {
+        let (session, _) = self
+            .connector
+            .get_http_session(&peer(port, unique()))
+            .await?;
+        let (answer, _) = exchange(session, request, body).await?;
+        Ok(answer)
+    }
+}
+
+/// Gives up on a call after `limit`.
+///
+/// # Errors
+/// The call's own, or a timeout.
+pub async fn within<T>(limit: Duration, call: impl Future<Output = Result<T>>) -> Result<T> {
+    match tokio::time::timeout(limit, call).await {
+        Ok(result) => result,
+        Err(_) => Error::e_explain(
+            ErrorType::ReadTimedout,
+            format!("no answer within {limit:?}"),
+        ),
+    }
+}
+
+/// The peer on loopback. Connections are shared only between peers of the same `group`.
+pub fn peer(port: u16, group: u64) -> HttpPeer {
+    let mut peer = HttpPeer::new(address(port), false, String::new());
+    peer.group_key = group;
+    peer.options.total_connection_timeout = Some(CONNECT);
+    peer
+}
+
+fn request(method: Method, path: &str, port: u16) -> Result<RequestHeader> {
+    let mut request = RequestHeader::build(method, path.as_bytes(), Some(5))?;
+    request.insert_header(header::HOST, address(port).to_string())?;
+    request.insert_header(header::ACCEPT, "application/json")?;
+    Ok(request)
+}
+
+async fn exchange(
+    mut session: HttpSession,
+    request: &RequestHeader,
+    body: &[u8],
+) -> Result<(Answer, HttpSession)> {
+    session
+        .write_request_header(Box::new(request.clone()))
+        .await?;
+    if !body.is_empty() {
+        session.write_body(body).await?;
+    }
+    session.finish_body().await?;
+    let (status, headers) = loop {
+        session.read_response().await?;
+        let head = session.resp_header().ok_or_else(|| {
+            Error::explain(
+                ErrorType::InternalError,
+                "no response head after reading it",
+            )
+        })?;
+        if !head.status.is_informational() {
+            break (head.status, head.headers.clone());
+        }
+    };
+    let mut body = Vec::new();
+    while let Some(chunk) = session.read_body_bytes().await? {
+        if body.len() + chunk.len() > BODY_LIMIT {
+            return Error::e_explain(ErrorType::ReadError, "the answer is longer than 256 KiB");
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok((
+        Answer {
+            status,
+            headers,
+            body,
+        },
+        session,
+    ))
+}

@@ -1,0 +1,30 @@
+//! t3-dispatch sends each signed-in person to their own `t3 serve` instance, and pairs the browser on the way.
+//!
+//! A request walks down this list and never back up; [`dispatch`] alone calls the rooms.
+//!
+//! 1. [`identity`]: the socket peer and the headers say who is asking.
+//! 2. [`table`]: who is asking says which instance is theirs.
+//! 3. [`session`]: the request's kind, its cookies and the instance's answer say whether to proxy or to pair.
+//! 4. [`pair`]: mint a credential as the OS user, exchange it for the session cookie, relay that.
+//! 5. [`instance`]: our own HTTP calls to an instance, for the session check and the exchange.
+//! 6. [`forward`]: the peer's options and the headers, out and back; Pingora does the rest.
+//!
+//! Beside the walk stand [`refuse`] (every answer that is a refusal), [`events`] (every log line and metric),
+//! [`config`] (settings), [`server`] (listeners and signals), [`admin`] (the operator's listener), [`check`] and [`cli`].
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod admin;
+pub mod check;
+pub mod cli;
+pub mod config;
+pub mod dispatch;
+pub mod events;
+pub mod forward;
+pub mod identity;
+pub mod instance;
+pub mod pair;
+pub mod refuse;
+pub mod server;
+pub mod session;
+pub mod table;

@@ -1,0 +1,474 @@
+//! Pairing: mint a credential as the OS user, exchange it at the instance, and relay the cookie.
+//!
+//! A mint costs a second of CPU and a quarter of a gigabyte, so it is bounded three ways: one at a time per instance,
+//! `max_concurrent` in all, and so many a minute for one instance. Requests that come while a pairing of the same person
+//! is under way share its outcome: a browser that restores fifty tabs mints once.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use http::{HeaderValue, StatusCode, header};
+use serde_json::Value;
+use tokio::io::AsyncReadExt;
+use tokio::process::{Child, Command};
+use tokio::sync::{Semaphore, watch};
+
+use crate::config::Pairing;
+use crate::events;
+use crate::instance::{Caller, within};
+use crate::refuse::Refusal;
+use crate::session::session_cookie_set;
+use crate::table::Instance;
+
+/// How long a pairing waits for its turn.
+const TURN: Duration = Duration::from_secs(20);
+
+/// Most that a mint command may print.
+const OUTPUT_LIMIT: usize = 64 * 1024;
+
+/// How long the output may stay open after the mint command has ended, held by a child that it left behind.
+const LEFT_OPEN: Duration = Duration::from_millis(100);
+
+/// The stretch in which pairings are counted against `per_user_per_minute`.
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A pairing credential. It is worth a session, so it shows itself to nobody.
+pub struct Credential(String);
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Credential(…)")
+    }
+}
+
+/// What a pairing gave.
+pub struct Paired {
+    /// The `Set-Cookie` lines for the browser, as the instance wrote them.
+    pub set_cookies: Vec<HeaderValue>,
+    /// The name of the session cookie among them.
+    pub cookie: String,
+    /// The endpoint that took the credential.
+    pub endpoint: Arc<str>,
+    /// Whether it was another than the preferred one.
+    pub fallback: bool,
+}
+
+/// Why a pairing gave nothing.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum PairError {
+    /// The mint command could not be run, failed, or ran for too long.
+    #[error("the mint command {0}")]
+    Mint(String),
+    /// It printed something else than JSON with a credential.
+    #[error("the mint command printed {0}")]
+    Unparseable(&'static str),
+    /// No endpoint could be reached, or all of them were absent.
+    #[error("no pairing endpoint of the instance answered: {0}")]
+    Unreachable(String),
+    /// An endpoint answered anything but 200.
+    #[error("the instance answered {status} at {endpoint}")]
+    Rejected {
+        /// The endpoint.
+        endpoint: Arc<str>,
+        /// Its answer.
+        status: StatusCode,
+    },
+    /// An endpoint answered 200 and gave no session cookie.
+    #[error("the instance took the credential at {endpoint} and set no session cookie")]
+    NoCookie {
+        /// The endpoint.
+        endpoint: Arc<str>,
+    },
+    /// No turn came within 20 s.
+    #[error("too many pairings wait for their turn")]
+    Busy,
+    /// More pairings within a minute than one user may have.
+    #[error("more pairings within a minute than one user may have")]
+    TooOften {
+        /// Seconds until the next one is allowed.
+        again_in: u64,
+    },
+    /// The pairing died with a panic or at shutdown.
+    #[error("the pairing was abandoned")]
+    Abandoned,
+}
+
+impl PairError {
+    /// The value of the label `result`.
+    pub fn label(&self) -> &'static str {
+        match self {
+            PairError::Mint(_) => "mint_failed",
+            PairError::Unparseable(_) => "mint_unparseable",
+            PairError::Unreachable(_) => "bootstrap_failed",
+            PairError::Rejected { .. } => "bootstrap_rejected",
+            PairError::NoCookie { .. } => "bootstrap_no_cookie",
+            PairError::Busy => "busy",
+            PairError::TooOften { .. } => "too_often",
+            PairError::Abandoned => "abandoned",
+        }
+    }
+
+    /// The endpoint whose answer decided, where one did.
+    pub fn endpoint(&self) -> Option<&str> {
+        match self {
+            PairError::Rejected { endpoint, .. } | PairError::NoCookie { endpoint } => {
+                Some(endpoint)
+            }
+            _ => None,
+        }
+    }
+
+    /// What the person is told.
+    pub fn refusal(&self) -> Refusal {
+        match self {
+            PairError::Mint(_) => Refusal::MintFailed,
+            PairError::Unparseable(_) => Refusal::MintUnparseable,
+            PairError::Unreachable(_) => Refusal::BootstrapFailed,
+            PairError::Rejected { .. } => Refusal::BootstrapRejected,
+            PairError::NoCookie { .. } => Refusal::BootstrapNoCookie,
+            PairError::Busy => Refusal::PairingBusy,
+            PairError::TooOften { again_in } => Refusal::PairingTooOften(*again_in),
+            PairError::Abandoned => Refusal::Internal,
+        }
+    }
+}
+
+/// How a pairing went, for everybody who waited for it.
+pub type Outcome = Arc<Result<Paired, PairError>>;
+
+/// The pairings with one instance.
+#[derive(Debug, Default)]
+pub struct Turns(Mutex<TurnsInner>);
+
+#[derive(Default)]
+struct TurnsInner {
+    /// Tells the outcome of the pairing that is under way, if one is.
+    running: Option<watch::Receiver<Option<Outcome>>>,
+    /// When the pairings of the last minute succeeded.
+    recent: VecDeque<Instant>,
+}
+
+impl fmt::Debug for TurnsInner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TurnsInner")
+            .field("recent", &self.recent.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl TurnsInner {
+    /// Seconds until another pairing is allowed, if it is not allowed now.
+    fn too_often(&mut self, allowed: usize) -> Option<u64> {
+        self.recent.retain(|at| at.elapsed() < MINUTE);
+        let oldest = *self
+            .recent
+            .front()
+            .filter(|_| self.recent.len() >= allowed)?;
+        Some(MINUTE.saturating_sub(oldest.elapsed()).as_secs() + 1)
+    }
+}
+
+/// Pairs browsers with instances. One serves the whole process.
+pub struct Pairer {
+    settings: Pairing,
+    endpoints: Vec<Arc<str>>,
+    caller: Arc<Caller>,
+    places: Semaphore,
+}
+
+impl Pairer {
+    /// Pairs as `settings` say, and calls instances through `caller`.
+    pub fn new(settings: Pairing, caller: Arc<Caller>) -> Arc<Pairer> {
+        Arc::new(Pairer {
+            places: Semaphore::new(settings.max_concurrent),
+            endpoints: settings
+                .endpoints
+                .iter()
+                .map(|endpoint| endpoint.as_str().into())
+                .collect(),
+            settings,
+            caller,
+        })
+    }
+
+    /// Pairs `user`, or waits for the pairing with the same instance that is already under way.
+    pub async fn pair(self: &Arc<Self>, user: &str, instance: &Arc<Instance>) -> Outcome {
+        let mut outcome = match self.join(user, instance) {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                events::pairing_failed(user, &error, Duration::ZERO);
+                return Arc::new(Err(error));
+            }
+        };
+        let told = outcome.wait_for(Option::is_some).await;
+        told.ok()
+            .and_then(|outcome| outcome.clone())
+            .unwrap_or_else(|| Arc::new(Err(PairError::Abandoned)))
+    }
+
+    fn join(
+        self: &Arc<Self>,
+        user: &str,
+        instance: &Arc<Instance>,
+    ) -> Result<watch::Receiver<Option<Outcome>>, PairError> {
+        let mut turns = instance
+            .turns
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // A pairing that died leaves a receiver without a sender behind.
+        if let Some(running) = turns
+            .running
+            .as_ref()
+            .filter(|running| running.has_changed().is_ok())
+        {
+            return Ok(running.clone());
+        }
+        if let Some(again_in) = turns.too_often(self.settings.per_user_per_minute) {
+            return Err(PairError::TooOften { again_in });
+        }
+        let (tell, told) = watch::channel(None);
+        turns.running = Some(told.clone());
+        // A task of its own, so that a browser that leaves takes nobody else's pairing with it.
+        let (pairer, user, instance) = (self.clone(), user.to_owned(), instance.clone());
+        tokio::spawn(async move {
+            let start = Instant::now();
+            let outcome = pairer.run(&instance).await;
+            let took = start.elapsed();
+            let mut turns = instance
+                .turns
+                .0
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            turns.running = None;
+            match &outcome {
+                Ok(paired) => {
+                    turns.recent.push_back(Instant::now());
+                    instance.cookie.learn(&paired.cookie);
+                    events::paired(&user, paired, took);
+                }
+                Err(error) => events::pairing_failed(&user, error, took),
+            }
+            let _ = tell.send(Some(Arc::new(outcome)));
+        });
+        Ok(told)
+    }
+
+    async fn run(&self, instance: &Instance) -> Result<Paired, PairError> {
+        // The semaphore is fair: turns come in the order of asking.
+        let place = tokio::time::timeout(TURN, self.places.acquire()).await;
+        let _place = place
+            .map_err(|_| PairError::Busy)?
+            .map_err(|_| PairError::Abandoned)?;
+        let credential = self.mint(&instance.os_user, Stdio::null()).await?;
+        self.exchange(instance, credential).await
+    }
+
+    /// Runs the mint command for `os_user`; what it writes to standard error goes to `complaints`.
+    ///
+    /// # Errors
+    /// When it cannot be run, fails, takes too long, or prints no credential.
+    pub async fn mint(&self, os_user: &str, complaints: Stdio) -> Result<Credential, PairError> {
+        let start = Instant::now();
+        let output = self.run_mint(os_user, complaints).await;
+        events::minted(start.elapsed());
+        let answer = serde_json::from_slice::<Value>(&output?)
+            .map_err(|_| PairError::Unparseable("something else than JSON"))?;
+        match answer.get("credential") {
+            Some(Value::String(credential)) if !credential.is_empty() => {
+                Ok(Credential(credential.clone()))
+            }
+            _ => Err(PairError::Unparseable("JSON without a credential")),
+        }
+    }
+
+    async fn run_mint(&self, os_user: &str, complaints: Stdio) -> Result<BytesMut, PairError> {
+        let (program, arguments) = self
+            .settings
+            .mint
+            .split_first()
+            .ok_or_else(|| PairError::Mint("is not set".into()))?;
+        let mut child = Command::new(program)
+            .args(arguments)
+            .arg(os_user)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(complaints)
+            // A group of its own, so that whatever it starts can be ended with it.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|error| PairError::Mint(format!("could not be started: {error}")))?;
+        let group = Group::of(&child);
+        let limit = self.settings.mint_timeout;
+        let result = tokio::time::timeout(limit, collect(&mut child)).await;
+        match result {
+            Ok(Ok((output, closed))) => {
+                if !closed {
+                    group.kill();
+                }
+                Ok(output)
+            }
+            Ok(Err(error)) => {
+                group.kill();
+                Err(error)
+            }
+            Err(_) => {
+                group.kill();
+                Err(PairError::Mint(format!("ran for more than {limit:?}")))
+            }
+        }
+    }
+
+    /// Takes the credential to the instance's pairing endpoints, the preferred one first. One that is absent in the
+    /// instance's version answers 404.
+    ///
+    /// # Errors
+    /// When no endpoint takes it, or the one that does sets no session cookie.
+    pub async fn exchange(
+        &self,
+        instance: &Instance,
+        credential: Credential,
+    ) -> Result<Paired, PairError> {
+        let body = serde_json::json!({ "credential": credential.0 }).to_string();
+        let limit = self.settings.exchange_timeout;
+        let deadline = Instant::now() + limit;
+        let mut last = String::new();
+        for (position, endpoint) in self.endpoints.iter().enumerate() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let answer = match within(
+                left,
+                self.caller.post_json(instance, endpoint, body.as_bytes()),
+            )
+            .await
+            {
+                Ok(answer) if answer.status == StatusCode::NOT_FOUND => {
+                    last = "404 at every endpoint".into();
+                    continue;
+                }
+                Ok(answer) => answer,
+                Err(error) => {
+                    // Only the kind of error: its context may quote what the instance sent.
+                    last = error.etype().as_str().into();
+                    continue;
+                }
+            };
+            if answer.status != StatusCode::OK {
+                return Err(PairError::Rejected {
+                    endpoint: endpoint.clone(),
+                    status: answer.status,
+                });
+            }
+            let set_cookies: Vec<HeaderValue> = answer
+                .headers
+                .get_all(header::SET_COOKIE)
+                .iter()
+                .cloned()
+                .collect();
+            return match set_cookies
+                .iter()
+                .find_map(|line| session_cookie_set(line, &instance.cookie))
+            {
+                Some(cookie) => Ok(Paired {
+                    set_cookies,
+                    cookie,
+                    endpoint: endpoint.clone(),
+                    fallback: position > 0,
+                }),
+                None => Err(PairError::NoCookie {
+                    endpoint: endpoint.clone(),
+                }),
+            };
+        }
+        Err(PairError::Unreachable(last))
+    }
+}
+
+/// Everything the command printed, and whether it closed its output.
+async fn collect(child: &mut Child) -> Result<(BytesMut, bool), PairError> {
+    let failed = |error: std::io::Error| PairError::Mint(format!("could not be followed: {error}"));
+    let mut output = BytesMut::new();
+    let mut stdout = child
+        .stdout
+        .take()
+        .ok_or_else(|| PairError::Mint("has no output".into()))?;
+    let mut status = None;
+    let mut closed = false;
+    while !closed {
+        tokio::select! {
+            read = stdout.read_buf(&mut output) => {
+                closed = read.map_err(failed)? == 0;
+                if output.len() > OUTPUT_LIMIT {
+                    return Err(PairError::Unparseable("more than 64 KiB"));
+                }
+            }
+            ended = child.wait(), if status.is_none() => status = Some(ended.map_err(failed)?),
+            // A child that was left behind holds the output open. What the command itself printed is read by now.
+            () = tokio::time::sleep(LEFT_OPEN), if status.is_some() => break,
+        }
+    }
+    let status = match status {
+        Some(status) => status,
+        None => child.wait().await.map_err(failed)?,
+    };
+    if status.success() {
+        Ok((output, closed))
+    } else {
+        Err(PairError::Mint(format!("failed: {status}")))
+    }
+}
+
+/// The process group of a mint command.
+struct Group(Option<rustix::process::Pid>);
+
+impl Group {
+    fn of(child: &Child) -> Group {
+        let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
+        Group(pid.and_then(rustix::process::Pid::from_raw))
+    }
+
+    fn kill(&self) {
+        if let Some(group) = self.0 {
+            // Under sudo the group belongs to root and cannot be killed from here; `t3-mint` ends itself in time.
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// Why the mint command cannot be run, if that can be told without running it. Under sudo the command that sudo is to
+/// run is looked at too.
+pub fn mint_fault(mint: &[String]) -> Option<String> {
+    let program = mint.first()?;
+    let under_sudo = std::path::Path::new(program)
+        .file_name()
+        .is_some_and(|name| name == "sudo");
+    let inner = mint[1..]
+        .iter()
+        .find(|word| !word.starts_with('-'))
+        .filter(|_| under_sudo);
+    std::iter::once(program)
+        .chain(inner)
+        .find_map(|program| not_executable(program))
+}
+
+fn not_executable(program: &str) -> Option<String> {
+    let executable = |path: &std::path::Path| -> rustix::io::Result<()> {
+        if path.is_dir() {
+            return Err(rustix::io::Errno::ISDIR);
+        }
+        rustix::fs::access(path, rustix::fs::Access::EXEC_OK)
+    };
+    if program.contains('/') {
+        return executable(program.as_ref())
+            .err()
+            .map(|error| format!("{program}: {error}"));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found =
+        std::env::split_paths(&path).any(|folder| executable(&folder.join(program)).is_ok());
+    (!found).then(|| format!("{program}: not found in PATH"))
+}

@@ -1,0 +1,290 @@
+//! Every refusal: its code, its status, its sentence, and the page that a person sees. No policy lives here.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderName, StatusCode};
+use pingora::Result;
+use pingora::http::ResponseHeader;
+use pingora::proxy::Session;
+
+use crate::identity::IdentityError;
+
+/// Header that carries [`Refusal::code`], for machines and for the operator's log of the edge.
+pub const ERROR_HEADER: &str = "X-T3-Dispatch-Error";
+
+/// Why a request was not served. `docs/errors.md` has a section for each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// The connection comes from an address whose identity header is not believed.
+    UntrustedProxy(IpAddr),
+    /// The identity header is there twice or in a look-alike spelling.
+    AmbiguousIdentity(HeaderName),
+    /// Nobody is named, or the table has no such name.
+    UnknownUser,
+    /// The mint command failed or took too long.
+    MintFailed,
+    /// The mint command printed something else than a credential.
+    MintUnparseable,
+    /// No pairing endpoint of the instance could be reached.
+    BootstrapFailed,
+    /// A pairing endpoint did not take the credential.
+    BootstrapRejected,
+    /// A pairing endpoint took the credential and set no session cookie.
+    BootstrapNoCookie,
+    /// Too many pairings wait for their turn.
+    PairingBusy,
+    /// The user was paired too often within a minute; a place is free again after that many seconds.
+    PairingTooOften(u64),
+    /// The instance does not take connections.
+    InstanceUnreachable,
+    /// The instance took the request and broke off before it answered.
+    InstanceFailed,
+    /// The request cannot be passed on as it is.
+    BadRequest,
+    /// A fault of ours.
+    Internal,
+}
+
+/// What a person is told beside the sentence.
+struct Advice {
+    title: &'static str,
+    text: &'static str,
+    /// Whether waiting can help, so that the page tries again by itself.
+    passing: bool,
+}
+
+impl Refusal {
+    /// The stable code, a section of `docs/errors.md`.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Refusal::UntrustedProxy(_) => "untrusted-proxy",
+            Refusal::AmbiguousIdentity(_) => "ambiguous-identity",
+            Refusal::UnknownUser => "unknown-user",
+            Refusal::MintFailed => "mint-failed",
+            Refusal::MintUnparseable => "mint-unparseable",
+            Refusal::BootstrapFailed => "bootstrap-failed",
+            Refusal::BootstrapRejected => "bootstrap-rejected",
+            Refusal::BootstrapNoCookie => "bootstrap-no-cookie",
+            Refusal::PairingBusy => "pairing-busy",
+            Refusal::PairingTooOften(_) => "pairing-too-often",
+            Refusal::InstanceUnreachable => "instance-unreachable",
+            Refusal::InstanceFailed => "instance-failed",
+            Refusal::BadRequest => "bad-request",
+            Refusal::Internal => "internal",
+        }
+    }
+
+    /// The HTTP status.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Refusal::AmbiguousIdentity(_) | Refusal::BadRequest => StatusCode::BAD_REQUEST,
+            Refusal::UntrustedProxy(_) | Refusal::UnknownUser => StatusCode::FORBIDDEN,
+            Refusal::PairingTooOften(_) => StatusCode::TOO_MANY_REQUESTS,
+            Refusal::MintFailed | Refusal::MintUnparseable | Refusal::Internal => {
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
+            Refusal::BootstrapFailed
+            | Refusal::BootstrapRejected
+            | Refusal::BootstrapNoCookie
+            | Refusal::InstanceUnreachable
+            | Refusal::InstanceFailed => StatusCode::BAD_GATEWAY,
+            Refusal::PairingBusy => StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
+
+    /// The sentence that is the whole plain-text body.
+    pub fn sentence(&self) -> String {
+        match self {
+            Refusal::UntrustedProxy(peer) => IdentityError::UntrustedPeer(*peer).to_string(),
+            Refusal::AmbiguousIdentity(header) => IdentityError::Ambiguous(header.clone()).to_string(),
+            Refusal::UnknownUser => "no t3 instance provisioned for this user".into(),
+            Refusal::MintFailed => "pairing mint failed".into(),
+            Refusal::MintUnparseable => "unparseable pairing output".into(),
+            Refusal::BootstrapFailed => "bootstrap request failed".into(),
+            Refusal::BootstrapRejected => "bootstrap rejected".into(),
+            Refusal::BootstrapNoCookie => "bootstrap set no session cookie".into(),
+            Refusal::PairingBusy => "too many pairings are waiting; try again shortly".into(),
+            Refusal::PairingTooOften(_) => {
+                "paired too often within a minute; the browser probably does not keep the session cookie".into()
+            }
+            Refusal::InstanceUnreachable => "t3 instance is not reachable".into(),
+            Refusal::InstanceFailed => "t3 instance ended the connection without an answer".into(),
+            Refusal::BadRequest => "the request cannot be passed on".into(),
+            Refusal::Internal => "internal error".into(),
+        }
+    }
+
+    fn retry_after(&self) -> Option<u64> {
+        match self {
+            Refusal::PairingBusy => Some(5),
+            Refusal::PairingTooOften(seconds) => Some(*seconds),
+            _ => None,
+        }
+    }
+
+    fn advice(&self) -> Advice {
+        let (title, text, passing) = match self {
+            Refusal::UntrustedProxy(_) => (
+                "This way in is closed",
+                "Open the workspace by the address you sign in at. If this is that address, whoever runs this service \
+                 has to name the sign-on edge in its settings.",
+                false,
+            ),
+            Refusal::AmbiguousIdentity(_) => (
+                "It is unclear who you are",
+                "The request named you more than once. This comes from the sign-on edge or from an add-on in between; \
+                 whoever runs this service has to look into it.",
+                false,
+            ),
+            Refusal::UnknownUser => (
+                "There is no workspace for you yet",
+                "You are signed in, but nobody has set up a t3 workspace under your name. Ask whoever runs this service \
+                 to add you, or sign in with another account.",
+                false,
+            ),
+            Refusal::MintFailed | Refusal::MintUnparseable => (
+                "Your workspace could not be unlocked",
+                "The step that issues your key to the workspace failed. Try again; if it keeps failing, whoever runs \
+                 this service has to look into it.",
+                false,
+            ),
+            Refusal::BootstrapFailed | Refusal::InstanceUnreachable => (
+                "Your workspace is not running",
+                "It may be starting or restarting, which takes a few seconds. This page tries again by itself. If it \
+                 stays like this, whoever runs this service has to start it.",
+                true,
+            ),
+            Refusal::BootstrapRejected | Refusal::BootstrapNoCookie => (
+                "Your workspace did not let you in",
+                "It is running, but it did not accept a freshly issued key. Try again; if it keeps failing, whoever \
+                 runs this service has to look into it.",
+                false,
+            ),
+            Refusal::PairingBusy => (
+                "Many people are signing in",
+                "Your turn will come in a few seconds. This page tries again by itself.",
+                true,
+            ),
+            Refusal::PairingTooOften(_) => (
+                "Your browser does not stay signed in",
+                "It was let in several times within a minute and came back without its cookie each time. Allow cookies \
+                 for this site, close private windows that block them, then try again in a minute.",
+                false,
+            ),
+            Refusal::InstanceFailed => (
+                "Your workspace broke off",
+                "It took the request and ended the connection without an answer. This page tries again by itself.",
+                true,
+            ),
+            Refusal::BadRequest => (
+                "This request cannot be passed on",
+                "The browser or something in between sent a request that is not well formed.",
+                false,
+            ),
+            Refusal::Internal => (
+                "Something went wrong here",
+                "This is a fault of the service itself. Try again; if it stays, tell whoever runs this service.",
+                false,
+            ),
+        };
+        Advice {
+            title,
+            text,
+            passing,
+        }
+    }
+
+    /// The page for a person: one self-contained file, light and dark.
+    fn page(&self, user: Option<&str>) -> String {
+        let Advice {
+            title,
+            text,
+            passing,
+        } = self.advice();
+        let refresh = if passing {
+            "<meta http-equiv=\"refresh\" content=\"5\">\n"
+        } else {
+            ""
+        };
+        let signed_in = user
+            .map(|user| format!("<dt>Signed in as</dt><dd>{}</dd>", escape(user)))
+            .unwrap_or_default();
+        format!(
+            include_str!("refuse.html"),
+            refresh = refresh,
+            title = title,
+            text = text,
+            sentence = escape(&self.sentence()),
+            code = self.code(),
+            status = self.status().as_u16(),
+            signed_in = signed_in,
+        )
+    }
+
+    /// Answers the request with this refusal: as a page where `page`, else as one plain sentence.
+    ///
+    /// # Errors
+    /// When the client is gone.
+    pub async fn send(&self, session: &mut Session, page: bool, user: Option<&str>) -> Result<()> {
+        let (kind, body) = if page {
+            ("text/html; charset=utf-8", self.page(user))
+        } else {
+            ("text/plain; charset=utf-8", self.sentence() + "\n")
+        };
+        let mut header = ResponseHeader::build(self.status(), Some(8))?;
+        header.insert_header(http::header::CONTENT_TYPE, kind)?;
+        header.insert_header(http::header::CACHE_CONTROL, "no-store")?;
+        header.insert_header("X-Content-Type-Options", "nosniff")?;
+        header.insert_header(ERROR_HEADER, self.code())?;
+        if page {
+            let policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'";
+            header.insert_header(http::header::CONTENT_SECURITY_POLICY, policy)?;
+        }
+        if let Some(seconds) = self.retry_after() {
+            header.insert_header(http::header::RETRY_AFTER, seconds)?;
+        }
+        answer(session, header, body.into()).await
+    }
+}
+
+/// Text made harmless inside an HTML element.
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
+}
+
+/// How much of an unread request body is still taken in after an answer, and for how long.
+const LINGER_BYTES: usize = 256 * 1024;
+const LINGER: Duration = Duration::from_secs(2);
+
+/// Writes a whole answer of our own.
+///
+/// # Errors
+/// When the client is gone.
+pub async fn answer(session: &mut Session, mut header: ResponseHeader, body: Bytes) -> Result<()> {
+    header.insert_header(http::header::CONTENT_LENGTH, body.len())?;
+    let bare = body.is_empty() || session.req_header().method == http::Method::HEAD;
+    session
+        .write_response_header(Box::new(header), bare)
+        .await?;
+    if !bare {
+        session.write_response_body(Some(body), true).await?;
+    }
+    // Closing a socket with unread bytes in it resets the connection, and the client may lose the answer. So a body of
+    // usual size is read to its end; Pingora closes the connection afterwards in any case.
+    let linger = async {
+        let mut read = 0;
+        while let Ok(Some(chunk)) = session.read_request_body().await {
+            read += chunk.len();
+            if read > LINGER_BYTES {
+                break;
+            }
+        }
+    };
+    let _ = tokio::time::timeout(LINGER, linger).await;
+    Ok(())
+}

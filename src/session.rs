@@ -1,0 +1,337 @@
+//! Is there a session? From the request's kind, its cookies and the instance's answer to proxy or pair: a pure core.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwapOption;
+use cookie::Cookie;
+use http::{HeaderMap, HeaderValue, Method, header};
+use serde_json::Value;
+
+/// The name that every version before 0.0.29 uses, and later ones that are not bound to loopback.
+const PLAIN_NAME: &str = "t3_session";
+/// How the names begin that later versions on loopback use, followed by their port and twelve hex digits.
+const NAME_PREFIX: &str = "t3_session_";
+
+/// How long an instance that could not be asked for its cookie's name is left alone.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
+
+/// What is known of the name of an instance's session cookie. The name is the instance's to say, and changes with its
+/// version.
+#[derive(Debug, Default)]
+pub struct CookieName {
+    known: ArcSwapOption<String>,
+    /// When asking failed last; held while somebody asks, so that others wait for that answer.
+    pub(crate) failed: tokio::sync::Mutex<Option<Instant>>,
+}
+
+impl CookieName {
+    /// The name, once the instance has said it.
+    pub fn known(&self) -> Option<Arc<String>> {
+        self.known.load_full()
+    }
+
+    /// Notes the name that the instance has just said.
+    pub fn learn(&self, name: &str) {
+        if self
+            .known
+            .load()
+            .as_ref()
+            .is_none_or(|known| **known != name)
+        {
+            self.known.store(Some(Arc::new(name.to_owned())));
+        }
+    }
+
+    /// Whether a cookie of that name counts as a session cookie. While the name is unknown every name that an instance
+    /// may use counts, so that a restart of either side never costs a working session.
+    pub fn counts(&self, name: &str) -> bool {
+        match &*self.known.load() {
+            Some(known) => **known == name,
+            None => may_be_session(name),
+        }
+    }
+}
+
+/// Whether asking failed so recently that it is not worth asking again yet.
+pub fn asked_lately(failed: Option<Instant>) -> bool {
+    failed.is_some_and(|at| at.elapsed() < ASK_AGAIN)
+}
+
+fn may_be_session(name: &str) -> bool {
+    name == PLAIN_NAME || name.starts_with(NAME_PREFIX)
+}
+
+/// Whether the request is a top-level navigation of a browser. Only such a request may be answered with a redirect
+/// because a session died: the web UI's own calls need the instance's own answer.
+pub fn is_document_navigation(method: &Method, headers: &HeaderMap) -> bool {
+    method == Method::GET
+        && match headers.get("sec-fetch-dest") {
+            Some(dest) => dest == "document",
+            None => accepts_html(headers),
+        }
+}
+
+/// Whether the client says that it can show a page.
+pub fn accepts_html(headers: &HeaderMap) -> bool {
+    headers
+        .get_all(header::ACCEPT)
+        .iter()
+        .any(|value| value.as_bytes().windows(9).any(|part| part == b"text/html"))
+}
+
+/// The cookies of a request that count as session cookies, as name and value.
+fn each_session_cookie<'a>(
+    headers: &'a HeaderMap,
+    names: &'a CookieName,
+) -> impl Iterator<Item = Cookie<'a>> {
+    headers
+        .get_all(header::COOKIE)
+        .iter()
+        // A cookie of another application may hold any bytes; it must not hide ours.
+        .flat_map(|line| Cookie::split_parse(String::from_utf8_lossy(line.as_bytes())).flatten())
+        .filter(|cookie| names.counts(cookie.name()))
+}
+
+/// Whether the request has a session cookie, alive or not.
+pub fn has_session_cookie(headers: &HeaderMap, names: &CookieName) -> bool {
+    each_session_cookie(headers, names).next().is_some()
+}
+
+/// The session cookies of a request as one `Cookie` header of their own, or `None` where there is none. Of a name that
+/// is there twice the first counts, as it does for the instance.
+pub fn session_cookies(headers: &HeaderMap, names: &CookieName) -> Option<HeaderValue> {
+    let mut kept: Vec<Cookie<'_>> = Vec::new();
+    for cookie in each_session_cookie(headers, names) {
+        if !kept.iter().any(|earlier| earlier.name() == cookie.name()) {
+            kept.push(cookie);
+        }
+    }
+    let pairs: Vec<String> = kept
+        .iter()
+        .map(|cookie| format!("{}={}", cookie.name(), cookie.value()))
+        .collect();
+    let mut value = HeaderValue::try_from(pairs.join("; "))
+        .ok()
+        .filter(|value| !value.is_empty())?;
+    value.set_sensitive(true);
+    Some(value)
+}
+
+/// The name of the session cookie that a `Set-Cookie` line gives the browser, if it gives one.
+pub fn session_cookie_set(line: &HeaderValue, names: &CookieName) -> Option<String> {
+    let text = String::from_utf8_lossy(line.as_bytes());
+    let cookie = Cookie::parse(text).ok()?;
+    // The instance's word for its name may just have changed, so names that were not expected count too.
+    let is_session = names.counts(cookie.name()) || may_be_session(cookie.name());
+    let deleted =
+        cookie.value().is_empty() || cookie.max_age().is_some_and(|age| !age.is_positive());
+    (is_session && !deleted).then(|| cookie.name().to_owned())
+}
+
+/// What an instance says about a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It knows the session.
+    Alive,
+    /// It says that it does not know the session.
+    Dead,
+    /// It said nothing that can be read, which is no reason to take a session away.
+    Unknown,
+}
+
+/// What the body of a 200 to a session check says: the verdict, and the name of the session cookie. A readable answer
+/// that names no cookie comes from a version where the name is constant.
+pub fn read_check(body: &[u8]) -> (Verdict, Option<Cow<'static, str>>) {
+    let Some(Ok(Value::Object(answer))) = serde_json::Deserializer::from_slice(body)
+        .into_iter::<Value>()
+        .next()
+    else {
+        return (Verdict::Unknown, None);
+    };
+    let verdict = match answer.get("authenticated") {
+        Some(Value::Bool(true)) => Verdict::Alive,
+        Some(Value::Bool(false) | Value::Null) | None => Verdict::Dead,
+        Some(_) => Verdict::Unknown,
+    };
+    let name = match answer
+        .get("auth")
+        .and_then(|auth| auth.get("sessionCookieName"))
+    {
+        Some(Value::String(name)) if !name.is_empty() => Cow::Owned(name.clone()),
+        _ => Cow::Borrowed(PLAIN_NAME),
+    };
+    (verdict, Some(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cookies(lines: &[&[u8]], known: Option<&str>) -> Option<String> {
+        let names = CookieName::default();
+        if let Some(name) = known {
+            names.learn(name);
+        }
+        let mut headers = HeaderMap::new();
+        for line in lines {
+            headers.append(header::COOKIE, HeaderValue::from_bytes(line).unwrap());
+        }
+        session_cookies(&headers, &names).map(|value| value.to_str().unwrap().to_owned())
+    }
+
+    #[test]
+    fn only_the_session_cookie_goes_into_the_check() {
+        let known = Some("t3_session");
+        let found = |lines: &[&[u8]]| cookies(lines, known);
+        assert_eq!(
+            found(&[b"a=1; t3_session=p.s; b=2"]).as_deref(),
+            Some("t3_session=p.s")
+        );
+        assert_eq!(
+            found(&[b"t3_session=first; t3_session=second"]).as_deref(),
+            Some("t3_session=first")
+        );
+        assert_eq!(
+            found(&[b"a=1", b"t3_session=p.s"]).as_deref(),
+            Some("t3_session=p.s")
+        );
+        assert_eq!(
+            found(&[b"junk;;=;t3_session=p.s"]).as_deref(),
+            Some("t3_session=p.s")
+        );
+        assert_eq!(
+            found(&[b"other=\xff\xfe; t3_session=p.s"]).as_deref(),
+            Some("t3_session=p.s")
+        );
+        assert_eq!(
+            found(&[b"t3_session_3773_7b609e3964c4=p.s; xt3_session=1"]),
+            None
+        );
+        assert_eq!(found(&[b""]), None);
+        assert_eq!(found(&[]), None);
+    }
+
+    #[test]
+    fn while_the_name_is_unknown_every_possible_name_counts() {
+        let found = cookies(
+            &[b"t3_session_3773_7b609e3964c4=a.b; t3_session=c.d; t3_sessions=no"],
+            None,
+        );
+        assert_eq!(
+            found.as_deref(),
+            Some("t3_session_3773_7b609e3964c4=a.b; t3_session=c.d")
+        );
+        let found = cookies(
+            &[b"t3_session_3773_7b609e3964c4=a.b; t3_session=c.d"],
+            Some("t3_session_3773_7b609e3964c4"),
+        );
+        assert_eq!(found.as_deref(), Some("t3_session_3773_7b609e3964c4=a.b"));
+    }
+
+    #[test]
+    fn a_navigation_is_what_the_browser_says_it_is() {
+        let is = |method: &str, headers: &[(&'static str, &str)]| {
+            let mut map = HeaderMap::new();
+            for (name, value) in headers {
+                map.append(*name, HeaderValue::from_str(value).unwrap());
+            }
+            is_document_navigation(&Method::from_bytes(method.as_bytes()).unwrap(), &map)
+        };
+        assert!(is("GET", &[("sec-fetch-dest", "document")]));
+        assert!(is(
+            "GET",
+            &[("accept", "text/html,application/xhtml+xml;q=0.9")]
+        ));
+        assert!(!is(
+            "GET",
+            &[("sec-fetch-dest", "empty"), ("accept", "text/html")]
+        ));
+        assert!(!is(
+            "GET",
+            &[("sec-fetch-dest", "iframe"), ("accept", "text/html")]
+        ));
+        assert!(!is("GET", &[("accept", "*/*")]));
+        assert!(!is("GET", &[]));
+        assert!(!is(
+            "POST",
+            &[("sec-fetch-dest", "document"), ("accept", "text/html")]
+        ));
+        assert!(!is("HEAD", &[("accept", "text/html")]));
+    }
+
+    #[test]
+    fn the_answer_to_a_check() {
+        let named = |name: &str| Some(name.to_owned());
+        for (body, verdict, name) in [
+            (
+                r#"{"authenticated":true,"auth":{"sessionCookieName":"x"}}"#,
+                Verdict::Alive,
+                named("x"),
+            ),
+            (
+                r#"{"authenticated":false,"auth":{"sessionCookieName":"x"}}"#,
+                Verdict::Dead,
+                named("x"),
+            ),
+            (
+                r#"{"authenticated":false}"#,
+                Verdict::Dead,
+                named("t3_session"),
+            ),
+            (
+                r#"{"authenticated":null}"#,
+                Verdict::Dead,
+                named("t3_session"),
+            ),
+            (
+                r#"{"auth":{"sessionCookieName":7}}"#,
+                Verdict::Dead,
+                named("t3_session"),
+            ),
+            (
+                r#"{"authenticated":false} and more"#,
+                Verdict::Dead,
+                named("t3_session"),
+            ),
+            (
+                r#"{"authenticated":"no"}"#,
+                Verdict::Unknown,
+                named("t3_session"),
+            ),
+            (r#"{"authenticated":fal"#, Verdict::Unknown, None),
+            ("<!doctype html>", Verdict::Unknown, None),
+            ("[]", Verdict::Unknown, None),
+            ("", Verdict::Unknown, None),
+        ] {
+            let (said, cookie) = read_check(body.as_bytes());
+            assert_eq!(
+                (said, cookie.map(Cow::into_owned)),
+                (verdict, name),
+                "{body}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_set_cookie_line_names_a_session_only_when_it_gives_one() {
+        let set = |line: &str| {
+            session_cookie_set(
+                &HeaderValue::from_str(line).unwrap(),
+                &CookieName::default(),
+            )
+        };
+        assert_eq!(
+            set("t3_session=a.b; Path=/; HttpOnly; SameSite=Lax").as_deref(),
+            Some("t3_session")
+        );
+        assert_eq!(
+            set("t3_session_3773_7b609e3964c4=a.b; Path=/").as_deref(),
+            Some("t3_session_3773_7b609e3964c4")
+        );
+        assert_eq!(set("theme=dark; Path=/"), None);
+        assert_eq!(set("t3_session=; Path=/"), None);
+        assert_eq!(set("t3_session=a.b; Max-Age=0"), None);
+    }
+}
