@@ -2,10 +2,11 @@
 
 use std::net::IpAddr;
 
-use http::{HeaderMap, HeaderName, Method, StatusCode, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use pingora::Result;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::HttpPeer;
+use pingora::protocols::http::authority::{RawTargetAuthority, raw_target_authority};
 
 use crate::instance::{IDLE, peer};
 use crate::table::{Instance, unique};
@@ -74,14 +75,24 @@ pub fn peer_for(instance: &Instance, request: &RequestHeader) -> HttpPeer {
 /// # Errors
 /// When a header cannot be written.
 pub fn request_head(request: &mut RequestHeader, client: Option<IpAddr>) -> Result<()> {
-    // `GET http://host/path` names the same thing as `GET /path` with that Host; instances know only the latter.
-    if request.uri.authority().is_some()
-        && let Some(path) = request
-            .uri
-            .path_and_query()
-            .map(|path| path.as_str().to_owned())
+    // `GET http://host/path` asks for the same as `GET /path` with that Host; instances know only the latter.
+    if let RawTargetAuthority::Absolute {
+        authority,
+        path_and_query,
+        ..
+    } = raw_target_authority(request.raw_path())
     {
-        request.set_uri(http::Uri::try_from(path).unwrap_or_default());
+        let host = HeaderValue::from_bytes(authority).ok();
+        let slash: &[u8] = if path_and_query.starts_with(b"/") {
+            b""
+        } else {
+            b"/"
+        };
+        let target = [slash, path_and_query].concat();
+        request.set_raw_path(&target)?;
+        if let Some(host) = host {
+            request.insert_header(header::HOST, host)?;
+        }
     }
     let Some(client) = client else { return Ok(()) };
     let name = HeaderName::from_static("x-forwarded-for");

@@ -141,8 +141,8 @@ pub enum Verdict {
     Unknown,
 }
 
-/// What the body of a 200 to a session check says: the verdict, and the name of the session cookie. A readable answer
-/// that names no cookie comes from a version where the name is constant.
+/// What the body of a 200 to a session check says: the verdict, and the name of the session cookie. An answer that is
+/// clearly an instance's and names no cookie comes from a version where the name is constant.
 pub fn read_check(body: &[u8]) -> (Verdict, Option<Cow<'static, str>>) {
     let Some(Ok(Value::Object(answer))) = serde_json::Deserializer::from_slice(body)
         .into_iter::<Value>()
@@ -150,7 +150,8 @@ pub fn read_check(body: &[u8]) -> (Verdict, Option<Cow<'static, str>>) {
     else {
         return (Verdict::Unknown, None);
     };
-    let verdict = match answer.get("authenticated") {
+    let authenticated = answer.get("authenticated");
+    let verdict = match authenticated {
         Some(Value::Bool(true)) => Verdict::Alive,
         Some(Value::Bool(false) | Value::Null) | None => Verdict::Dead,
         Some(_) => Verdict::Unknown,
@@ -159,10 +160,11 @@ pub fn read_check(body: &[u8]) -> (Verdict, Option<Cow<'static, str>>) {
         .get("auth")
         .and_then(|auth| auth.get("sessionCookieName"))
     {
-        Some(Value::String(name)) if !name.is_empty() => Cow::Owned(name.clone()),
-        _ => Cow::Borrowed(PLAIN_NAME),
+        Some(Value::String(name)) if !name.is_empty() => Some(Cow::Owned(name.clone())),
+        _ if authenticated.is_some_and(Value::is_boolean) => Some(Cow::Borrowed(PLAIN_NAME)),
+        _ => None,
     };
-    (verdict, Some(name))
+    (verdict, name)
 }
 
 #[cfg(test)]
@@ -280,26 +282,15 @@ mod tests {
                 Verdict::Dead,
                 named("t3_session"),
             ),
-            (
-                r#"{"authenticated":null}"#,
-                Verdict::Dead,
-                named("t3_session"),
-            ),
-            (
-                r#"{"auth":{"sessionCookieName":7}}"#,
-                Verdict::Dead,
-                named("t3_session"),
-            ),
+            (r#"{"authenticated":null}"#, Verdict::Dead, None),
+            (r#"{"auth":{"sessionCookieName":7}}"#, Verdict::Dead, None),
+            ("{}", Verdict::Dead, None),
             (
                 r#"{"authenticated":false} and more"#,
                 Verdict::Dead,
                 named("t3_session"),
             ),
-            (
-                r#"{"authenticated":"no"}"#,
-                Verdict::Unknown,
-                named("t3_session"),
-            ),
+            (r#"{"authenticated":"no"}"#, Verdict::Unknown, None),
             (r#"{"authenticated":fal"#, Verdict::Unknown, None),
             ("<!doctype html>", Verdict::Unknown, None),
             ("[]", Verdict::Unknown, None),

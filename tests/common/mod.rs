@@ -1,0 +1,9 @@
+//! What the tests and the demo share: the stand-in instance and edge, the dispatcher as a process, a raw HTTP client.
+#![allow(dead_code, reason = "each user takes a part")]
+
+pub mod dispatcher;
+pub mod edge;
+pub mod frames;
+pub mod http;
+pub mod instance;
+pub mod mint;

@@ -1,0 +1,232 @@
+//! The journey in a real browser: headless Chromium against the demo, driven over its DevTools protocol.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use base64::Engine;
+use futures_util::{SinkExt, StreamExt};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+
+use crate::common::dispatcher::wait_for;
+use crate::common::http;
+
+/// A browser with one page, and its profile.
+struct Browser {
+    process: Child,
+    socket: tokio::sync::Mutex<WebSocketStream<MaybeTlsStream<TcpStream>>>,
+    next: AtomicU64,
+    _profile: tempfile::TempDir,
+}
+
+impl Browser {
+    async fn start(dark: bool) -> Browser {
+        let profile = tempfile::TempDir::new().unwrap();
+        let mut command = Command::new("chromium");
+        command
+            .args([
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+            ])
+            .args([
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+            ])
+            .args([
+                "--remote-debugging-port=0",
+                "--window-size=900,700",
+                "--hide-scrollbars",
+            ])
+            .arg(format!("--user-data-dir={}", profile.path().display()))
+            .arg("about:blank")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        if dark {
+            command.arg("--blink-settings=preferredColorScheme=0");
+        }
+        let process = command.spawn().expect("chromium, which tests/run installs");
+        let port_file = profile.path().join("DevToolsActivePort");
+        wait_for("DevTools port", async || {
+            std::fs::read_to_string(&port_file).is_ok_and(|text| text.lines().count() == 2)
+        })
+        .await;
+        let port: u16 = std::fs::read_to_string(&port_file)
+            .unwrap()
+            .lines()
+            .next()
+            .unwrap()
+            .parse()
+            .unwrap();
+        let page = async || -> Option<String> {
+            let address = ([127, 0, 0, 1], port).into();
+            let list = http::request(address, "GET", "/json", &[("Host", "localhost")], b"")
+                .await
+                .ok()?;
+            let list: Value = serde_json::from_slice(&list.body).ok()?;
+            let page = list
+                .as_array()?
+                .iter()
+                .find(|target| target["type"] == "page")?;
+            Some(
+                page["webSocketDebuggerUrl"]
+                    .as_str()?
+                    .replace("localhost", &format!("127.0.0.1:{port}")),
+            )
+        };
+        wait_for("page", async || page().await.is_some()).await;
+        let url = page().await.unwrap();
+        let (socket, _) = tokio_tungstenite::connect_async(url.replace(":/", ":/"))
+            .await
+            .unwrap();
+        Browser {
+            process,
+            socket: socket.into(),
+            next: AtomicU64::new(1),
+            _profile: profile,
+        }
+    }
+
+    async fn call(&self, method: &str, params: Value) -> Value {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut socket = self.socket.lock().await;
+        let call = json!({ "id": id, "method": method, "params": params });
+        socket.send(Message::text(call.to_string())).await.unwrap();
+        loop {
+            let message = socket.next().await.unwrap().unwrap();
+            let Ok(text) = message.to_text() else {
+                continue;
+            };
+            let answer: Value = serde_json::from_str(text).unwrap_or_default();
+            if answer["id"] == id {
+                return answer["result"].clone();
+            }
+        }
+    }
+
+    async fn open(&self, url: &str) {
+        self.call("Page.navigate", json!({ "url": url })).await;
+    }
+
+    async fn evaluate(&self, script: &str) -> Value {
+        let params = json!({ "expression": script, "awaitPromise": true, "returnByValue": true });
+        self.call("Runtime.evaluate", params).await["result"]["value"].clone()
+    }
+
+    /// Waits until the page's text holds `part`.
+    async fn sees(&self, part: &str) {
+        wait_for(&format!("{part:?} on the page"), async || {
+            let text = self
+                .evaluate("document.body ? document.body.innerText : ''")
+                .await;
+            text.as_str().is_some_and(|text| text.contains(part))
+        })
+        .await;
+    }
+
+    /// Puts a picture of the page where a person can look at it.
+    async fn picture(&self, name: &str) {
+        let picture = self
+            .call("Page.captureScreenshot", json!({ "format": "png" }))
+            .await;
+        let bytes = base64::engine::general_purpose::STANDARD
+            .decode(picture["data"].as_str().unwrap())
+            .unwrap();
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("screenshots");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join(format!("{name}.png")), bytes).unwrap();
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The demo, which `cargo test` builds beside this test.
+fn demo() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent()
+        .unwrap()
+        .parent()
+        .unwrap()
+        .join("examples/demo")
+}
+
+#[tokio::test]
+async fn alice_and_bob_land_and_a_stranger_is_turned_away() {
+    let mut demo = tokio::process::Command::new(demo())
+        .env("DEMO_PORT", "0")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(demo.stdout.take().unwrap()).lines();
+    let url = loop {
+        let line = lines
+            .next_line()
+            .await
+            .unwrap()
+            .expect("the demo prints its addresses");
+        if let Some(url) = line
+            .split_whitespace()
+            .find(|word| word.starts_with("http://alice."))
+        {
+            break url.to_owned();
+        }
+    };
+    let browser = Browser::start(false).await;
+    browser.open(&url).await;
+    browser.sees("alice's workspace").await;
+    browser.sees("signed in, cookie t3_session_").await;
+    browser.sees("hello 1 to alice").await;
+    browser.picture("alice").await;
+
+    browser.open(&url.replace("alice", "bob")).await;
+    browser.sees("bob's workspace").await;
+    browser.sees("signed in, cookie t3_session").await;
+    browser.sees("hello 1 to bob").await;
+    browser.picture("bob").await;
+
+    // The instance forgets its sessions: the page's own call is answered as the instance answers it …
+    browser.open(&url).await;
+    browser.sees("signed in, cookie").await;
+    browser
+        .evaluate("document.getElementById('forget').click()")
+        .await;
+    browser.sees("forgotten: reload this page").await;
+    let answer = browser
+        .evaluate("fetch('/api/auth/session').then(answer => answer.json())")
+        .await;
+    assert_eq!(answer["authenticated"], false);
+    // … and a reload pairs again and lands.
+    browser.call("Page.reload", json!({})).await;
+    browser.sees("signed in, cookie t3_session_").await;
+    browser.sees("hello 1 to alice").await;
+
+    let stranger = url.replace("alice", "mallory");
+    browser.open(&stranger).await;
+    browser.sees("There is no workspace for you yet").await;
+    browser.sees("unknown-user (403)").await;
+    browser.sees("mallory").await;
+    browser.picture("unknown-user").await;
+    let dark = Browser::start(true).await;
+    dark.open(&stranger).await;
+    dark.sees("There is no workspace for you yet").await;
+    dark.picture("unknown-user-dark").await;
+    let background = dark
+        .evaluate("getComputedStyle(document.body).backgroundColor")
+        .await;
+    assert_eq!(background, "rgb(20, 23, 27)");
+}
