@@ -183,7 +183,7 @@ fn whole(what: impl Into<String>) -> Fault {
 impl Dispatch {
     fn read(mut section: Section<'_>) -> Dispatch {
         let dispatch = Dispatch {
-            listen: section.take("listen", &["0.0.0.0:3780"], |text: Vec<String>| {
+            listen: section.take("listen", ["0.0.0.0:3780"], |text: Vec<String>| {
                 text.iter().map(|one| address(one)).collect()
             }),
             admin: section.take("admin", "127.0.0.1:3781", |text: String| address(&text)),
@@ -197,7 +197,7 @@ impl Dispatch {
                     header: section.take("header", "X-authentik-username", header_name),
                     trusted_proxies: section.take(
                         "trusted_proxies",
-                        &["127.0.0.0/8", "::1/128"],
+                        ["127.0.0.0/8", "::1/128"],
                         |text: Vec<String>| text.iter().map(|one| network(one)).collect(),
                     ),
                 };
@@ -218,7 +218,7 @@ impl Dispatch {
                 let pairing = Pairing {
                     mint: section.take(
                         "mint",
-                        &["sudo", "-n", "/usr/local/bin/t3-mint"],
+                        ["sudo", "-n", "/usr/local/bin/t3-mint"],
                         |argv: Vec<String>| {
                             filled(
                                 argv,
@@ -230,7 +230,7 @@ impl Dispatch {
                     mint_timeout: section.take("mint_timeout", "10s", duration),
                     endpoints: section.take(
                         "endpoints",
-                        &["/api/auth/browser-session", "/api/auth/bootstrap"],
+                        ["/api/auth/browser-session", "/api/auth/bootstrap"],
                         |paths: Vec<String>| {
                             filled(paths, Vec::is_empty, "at least one path")?
                                 .into_iter()

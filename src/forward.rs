@@ -1,6 +1,8 @@
 //! Passing on: the peer's options, and the headers out and back.
 
 use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use pingora::Result;
@@ -8,6 +10,7 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::HttpPeer;
 use pingora::protocols::http::authority::{RawTargetAuthority, raw_target_authority};
 
+use crate::gate::GatedConnect;
 use crate::instance::{IDLE, peer};
 use crate::table::{Instance, unique};
 
@@ -59,15 +62,16 @@ pub fn peer_for(instance: &Instance, request: &RequestHeader) -> HttpPeer {
             .get(header::CONTENT_LENGTH)
             .is_some_and(|length| length != "0");
     let upgrade = request.headers.contains_key(header::UPGRADE);
-    if request.method.is_idempotent() && !has_body && !upgrade {
-        let mut peer = peer(instance.port, instance.generation);
-        peer.options.idle_timeout = Some(IDLE);
-        peer
-    } else {
-        let mut peer = peer(instance.port, unique());
-        peer.options.idle_timeout = Some(std::time::Duration::ZERO);
-        peer
+    let keep = request.method.is_idempotent() && !has_body && !upgrade;
+    let mut peer = peer(
+        instance.port,
+        if keep { instance.generation } else { unique() },
+    );
+    peer.options.idle_timeout = Some(if keep { IDLE } else { Duration::ZERO });
+    if upgrade {
+        peer.options.custom_l4 = Some(Arc::new(GatedConnect));
     }
+    peer
 }
 
 /// Readies the head of a request for the instance. Pingora has removed the hop-by-hop headers by then.

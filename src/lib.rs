@@ -7,7 +7,8 @@
 //! 3. [`session`]: the request's kind, its cookies and the instance's answer say whether to proxy or to pair.
 //! 4. [`pair`]: mint a credential as the OS user, exchange it for the session cookie, relay that.
 //! 5. [`instance`]: our own HTTP calls to an instance, for the session check and the exchange.
-//! 6. [`forward`]: the peer's options and the headers, out and back; Pingora does the rest.
+//! 6. [`forward`]: the peer's options and the headers, out and back; Pingora does the rest. [`gate`] is the connection
+//!    under a WebSocket.
 //!
 //! Beside the walk stand [`refuse`] (every answer that is a refusal), [`events`] (every log line and metric),
 //! [`config`] (settings), [`server`] (listeners and signals), [`admin`] (the operator's listener), [`check`] and [`cli`].
@@ -21,6 +22,7 @@ pub mod config;
 pub mod dispatch;
 pub mod events;
 pub mod forward;
+pub mod gate;
 pub mod identity;
 pub mod instance;
 pub mod pair;

@@ -84,9 +84,7 @@ impl Browser {
         };
         wait_for("page", async || page().await.is_some()).await;
         let url = page().await.unwrap();
-        let (socket, _) = tokio_tungstenite::connect_async(url.replace(":/", ":/"))
-            .await
-            .unwrap();
+        let (socket, _) = tokio_tungstenite::connect_async(url).await.unwrap();
         Browser {
             process,
             socket: socket.into(),

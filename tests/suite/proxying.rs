@@ -663,3 +663,37 @@ async fn a_client_that_leaves_is_counted_as_aborted() {
     })
     .await;
 }
+
+/// Pingora by itself ends a WebSocket now and then right after its 101, and more often the faster the instance is.
+#[tokio::test]
+async fn no_websocket_is_lost_right_after_it_opened() {
+    let (world, session) = signed_in().await;
+    let headers = [
+        ("X-authentik-username", "alice"),
+        ("Cookie", session.as_str()),
+        ("Connection", "Upgrade"),
+        ("Upgrade", "websocket"),
+        ("Sec-WebSocket-Version", "13"),
+        ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
+    ];
+    let mut held = Vec::new();
+    for _ in 0..400 {
+        let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
+        client
+            .send(http::head("GET", "/ws", &headers, 0))
+            .await
+            .unwrap();
+        assert_eq!(client.read_head().await.unwrap().0, 101);
+        held.push(client);
+    }
+    for client in &mut held {
+        Frame::text("held")
+            .write(&mut client.stream, Some([0; 4]))
+            .await
+            .unwrap();
+        assert_eq!(
+            Frame::read(&mut client.stream).await.unwrap(),
+            Frame::text("held")
+        );
+    }
+}
