@@ -68,6 +68,8 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
     let mut dispatcher = tokio::process::Command::from(Command::new(std::env::current_exe()?))
         .args(["serve", "-c"])
         .arg(&settings)
+        // Ctrl-C is for this program, which then ends that one.
+        .process_group(0)
         .kill_on_drop(true)
         .spawn()?;
     while tokio::net::TcpStream::connect(listen).await.is_err() {

@@ -177,17 +177,26 @@ fn class(status: Option<StatusCode>) -> &'static str {
     }
 }
 
-/// A value on a log line: quoted where it could be taken for more than one word or break the line.
+/// A value on a log line: quoted where it could be taken for more than one word or break the line, and cut where it is
+/// longer than any name.
 struct Word<'a>(&'a str);
+
+/// Characters of a value that are logged at most.
+const WORD: usize = 64;
 
 impl fmt::Display for Word<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'=' | b'\\');
-        if !self.0.is_empty() && self.0.bytes().all(plain) {
-            f.write_str(self.0)
-        } else {
-            write!(f, "{:?}", self.0)
+        if !self.0.is_empty() && self.0.len() <= WORD && self.0.bytes().all(plain) {
+            return f.write_str(self.0);
         }
+        let short: String = self.0.chars().take(WORD).collect();
+        let cut = if short.len() < self.0.len() {
+            "…"
+        } else {
+            ""
+        };
+        write!(f, "{short:?}{cut}")
     }
 }
 

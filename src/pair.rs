@@ -1,10 +1,10 @@
 //! Pairing: mint a credential as the OS user, exchange it at the instance, and relay the cookie.
 //!
-//! A mint costs a second of CPU and a quarter of a gigabyte, so it is bounded three ways: one at a time per instance,
-//! `max_concurrent` in all, and so many a minute for one instance. Requests that come while a pairing of the same person
+//! A mint costs a second of CPU and a quarter of a gigabyte, so it is bounded three ways: one at a time per user,
+//! `max_concurrent` in all, and so many a minute for one user. Requests that come while a pairing of the same person
 //! is under way share its outcome: a browser that restores fifty tabs mints once.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -140,30 +140,23 @@ impl PairError {
 /// How a pairing went, for everybody who waited for it.
 pub type Outcome = Arc<Result<Paired, PairError>>;
 
-/// The pairings with one instance.
-#[derive(Debug, Default)]
-pub struct Turns(Mutex<TurnsInner>);
-
+/// The pairings of one user with one instance.
 #[derive(Default)]
-struct TurnsInner {
+struct Turns {
     /// Tells the outcome of the pairing that is under way, if one is.
     running: Option<watch::Receiver<Option<Outcome>>>,
     /// When the pairings of the last minute succeeded.
     recent: VecDeque<Instant>,
 }
 
-impl fmt::Debug for TurnsInner {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TurnsInner")
-            .field("recent", &self.recent.len())
-            .finish_non_exhaustive()
+impl Turns {
+    fn forget_old(&mut self) {
+        self.recent.retain(|at| at.elapsed() < MINUTE);
     }
-}
 
-impl TurnsInner {
     /// Seconds until another pairing is allowed, if it is not allowed now.
     fn too_often(&mut self, allowed: usize) -> Option<u64> {
-        self.recent.retain(|at| at.elapsed() < MINUTE);
+        self.forget_old();
         let oldest = *self
             .recent
             .front()
@@ -172,12 +165,16 @@ impl TurnsInner {
     }
 }
 
+/// Whose turns they are: the user's name and the generation of their instance.
+type Whose = (String, u64);
+
 /// Pairs browsers with instances. One serves the whole process.
 pub struct Pairer {
     settings: Pairing,
     endpoints: Vec<Arc<str>>,
     caller: Arc<Caller>,
     places: Semaphore,
+    turns: Mutex<HashMap<Whose, Turns>>,
 }
 
 impl Pairer {
@@ -192,10 +189,11 @@ impl Pairer {
                 .collect(),
             settings,
             caller,
+            turns: Mutex::default(),
         })
     }
 
-    /// Pairs `user`, or waits for the pairing with the same instance that is already under way.
+    /// Pairs `user`, or waits for the pairing of the same user that is already under way.
     pub async fn pair(self: &Arc<Self>, user: &str, instance: &Arc<Instance>) -> Outcome {
         let mut outcome = match self.join(user, instance) {
             Ok(outcome) => outcome,
@@ -215,11 +213,9 @@ impl Pairer {
         user: &str,
         instance: &Arc<Instance>,
     ) -> Result<watch::Receiver<Option<Outcome>>, PairError> {
-        let mut turns = instance
-            .turns
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let whose = (user.to_owned(), instance.generation);
+        let mut all = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        let turns = all.entry(whose.clone()).or_default();
         // A pairing that died leaves a receiver without a sender behind.
         if let Some(running) = turns
             .running
@@ -234,28 +230,41 @@ impl Pairer {
         let (tell, told) = watch::channel(None);
         turns.running = Some(told.clone());
         // A task of its own, so that a browser that leaves takes nobody else's pairing with it.
-        let (pairer, user, instance) = (self.clone(), user.to_owned(), instance.clone());
+        let (pairer, instance) = (self.clone(), instance.clone());
         tokio::spawn(async move {
             let start = Instant::now();
             let outcome = pairer.run(&instance).await;
-            let took = start.elapsed();
-            let mut turns = instance
-                .turns
-                .0
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            turns.running = None;
-            match &outcome {
-                Ok(paired) => {
-                    turns.recent.push_back(Instant::now());
-                    instance.cookie.learn(&paired.cookie);
-                    events::paired(&user, paired, took);
-                }
-                Err(error) => events::pairing_failed(&user, error, took),
-            }
+            pairer.settle(whose, &instance, &outcome, start.elapsed());
             let _ = tell.send(Some(Arc::new(outcome)));
         });
         Ok(told)
+    }
+
+    /// Takes note of how a pairing went, and drops what is no longer worth knowing.
+    fn settle(
+        &self,
+        whose: Whose,
+        instance: &Instance,
+        outcome: &Result<Paired, PairError>,
+        took: Duration,
+    ) {
+        match outcome {
+            Ok(paired) => {
+                instance.cookie.learn(&paired.cookie);
+                events::paired(&whose.0, paired, took);
+            }
+            Err(error) => events::pairing_failed(&whose.0, error, took),
+        }
+        let mut all = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        let turns = all.entry(whose).or_default();
+        turns.running = None;
+        if outcome.is_ok() {
+            turns.recent.push_back(Instant::now());
+        }
+        all.retain(|_, turns| {
+            turns.forget_old();
+            turns.running.is_some() || !turns.recent.is_empty()
+        });
     }
 
     async fn run(&self, instance: &Instance) -> Result<Paired, PairError> {

@@ -20,7 +20,6 @@ use serde_json::value::RawValue;
 use tokio::sync::Notify;
 
 use crate::events;
-use crate::pair::Turns;
 use crate::session::CookieName;
 
 /// How often the file is looked at. A change is in force two looks later at the latest.
@@ -43,8 +42,6 @@ pub struct Instance {
     pub generation: u64,
     /// The name of its session cookie.
     pub cookie: CookieName,
-    /// The pairings with it: the one under way, and those of the last minute.
-    pub turns: Turns,
 }
 
 impl Instance {
@@ -54,7 +51,6 @@ impl Instance {
             port,
             generation: unique(),
             cookie: CookieName::default(),
-            turns: Turns::default(),
         }
     }
 }

@@ -403,6 +403,50 @@ async fn a_graceful_upgrade_hands_the_sockets_over() {
     new.wait().unwrap();
 }
 
+/// In the background it leaves its process ID behind, and takes signals as it does in the foreground.
+#[tokio::test]
+async fn it_goes_to_the_background() {
+    let base = tempfile::TempDir::new().unwrap();
+    let log = base.path().join("error.log");
+    let mut setup = Setup::new(base.path(), mint::working(base.path()));
+    setup.top["error_log"] = json!(log);
+    let address = (setup.ip, 3780).into();
+    let conf = setup.write();
+    let mut command = program();
+    command.args(["serve", "-d", "-c"]).arg(&conf);
+    let status = tokio::task::spawn_blocking(move || command.status().unwrap());
+    assert!(status.await.unwrap().success());
+    wait_for("start", async || {
+        http::request(address, "GET", "/healthz", &[], b"")
+            .await
+            .is_ok()
+    })
+    .await;
+    let pid: i32 = std::fs::read_to_string(base.path().join("pid"))
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    let pid = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(pid, Signal::HUP).unwrap();
+    wait_for("reload", async || {
+        std::fs::read_to_string(&log).is_ok_and(|log| log.contains("table-reloaded"))
+    })
+    .await;
+    assert_eq!(
+        http::request(address, "GET", "/healthz", &[], b"")
+            .await
+            .unwrap()
+            .status,
+        200
+    );
+    rustix::process::kill_process(pid, Signal::TERM).unwrap();
+    wait_for("end", async || {
+        rustix::process::test_kill_process(pid).is_err()
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn several_addresses_may_be_listened_on() {
     let second = own_address();
