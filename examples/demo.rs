@@ -127,6 +127,7 @@ fn settings(
             "admin": admin,
             "table": table_file,
             "pairing": { "mint": mint::working(base) },
+            "tunnels": { "ledger": base.join("closes.jsonl") },
         },
     });
     let file = base.join("t3-dispatch.yaml");

@@ -1,7 +1,7 @@
 //! The command line: what was typed, then what it means.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -10,6 +10,7 @@ use log::Level;
 use crate::check;
 use crate::config::Settings;
 use crate::server::{self, Start};
+use crate::upgrade;
 
 /// Sends each signed-in person to their own `t3 serve` instance, and pairs the browser on the way.
 #[derive(Debug, Parser)]
@@ -28,9 +29,15 @@ pub struct Cli {
 enum Command {
     /// Run the dispatcher
     ///
-    /// SIGHUP reads the dispatch table again, SIGQUIT hands over to a process started with --upgrade, SIGTERM waits for
-    /// requests in flight, SIGINT does not. RUST_LOG sets the log level (default: info).
+    /// SIGHUP reads the dispatch table again. SIGUSR2 replaces the process, as `reload` does; SIGQUIT hands over to one
+    /// that was started with --upgrade. SIGTERM waits for requests in flight, SIGINT does not. RUST_LOG sets the log level
+    /// (default: info).
     Serve(Serve),
+    /// Replace the running dispatcher by a new process, with the program and the settings as they are now
+    ///
+    /// No socket and no request is lost. The exit status is 0 once the new process has taken over. If it cannot start, the
+    /// running one goes on as if nothing had been asked, and the exit status is 1.
+    Reload(Reload),
     /// Tell whether everything is in place: settings, table, mint command, and every instance
     ///
     /// One line for each. The exit status is 0 only if all is well.
@@ -51,6 +58,13 @@ struct Serve {
     /// Only test the settings and the table, then exit
     #[arg(short, long)]
     test: bool,
+}
+
+#[derive(Debug, Args)]
+struct Reload {
+    /// Settings file of the running dispatcher, which says where it is reached
+    #[arg(short, long, value_name = "FILE")]
+    conf: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -78,19 +92,16 @@ pub fn main() -> ExitCode {
                 daemon: serve.daemon,
                 test: serve.test,
             };
-            let ran = Settings::load(serve.conf.as_deref())
-                .map_err(|error| error.to_string())
-                .and_then(|settings| {
-                    server::serve(settings, start).map_err(|error| error.to_string())
-                });
-            match ran {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => {
-                    eprintln!("t3-dispatch: {error}");
-                    ExitCode::FAILURE
-                }
-            }
+            let file = serve.conf.as_deref();
+            report(
+                Settings::load(file)
+                    .map_err(|error| error.to_string())
+                    .and_then(|settings| {
+                        server::serve(settings, file, start).map_err(|error| error.to_string())
+                    }),
+            )
         }
+        Command::Reload(reload) => report(replace(reload.conf.as_deref())),
         Command::Check(check) => {
             let report = check::run(check.conf.as_deref(), check.pair.as_deref());
             if check.json {
@@ -103,6 +114,28 @@ pub fn main() -> ExitCode {
             } else {
                 ExitCode::FAILURE
             }
+        }
+    }
+}
+
+/// Has the running process replaced. Settings that a new one could not use are told without asking it.
+fn replace(file: Option<&Path>) -> Result<(), String> {
+    let settings = Settings::load(file).map_err(|error| error.to_string())?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = runtime.map_err(|error| error.to_string())?;
+    let pid = runtime.block_on(upgrade::ask(&settings.pingora.upgrade_sock))?;
+    println!("process {pid} has taken over");
+    Ok(())
+}
+
+fn report(outcome: Result<(), String>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("t3-dispatch: {error}");
+            ExitCode::FAILURE
         }
     }
 }

@@ -42,6 +42,8 @@ pub struct Dispatch {
     pub session: Session,
     /// How a browser is paired with an instance.
     pub pairing: Pairing,
+    /// How WebSockets are kept and accounted for.
+    pub tunnels: Tunnels,
 }
 
 /// The section `dispatch.identity`.
@@ -77,6 +79,21 @@ pub struct Pairing {
     pub max_concurrent: usize,
     /// Pairings that one user may have in a minute.
     pub per_user_per_minute: usize,
+}
+
+/// The section `dispatch.tunnels`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tunnels {
+    /// Origins, beside the request's own host, whose pages may open WebSockets.
+    pub allowed_origins: Vec<String>,
+    /// The file that gets a line for each WebSocket that ended.
+    pub ledger: PathBuf,
+    /// Size in MiB at which that file is moved aside.
+    pub ledger_max_mb: u64,
+    /// How long a process that was replaced keeps the WebSockets it has.
+    pub drain_limit: Duration,
+    /// Whether to count ends of WebSockets by user, too.
+    pub per_user_metrics: bool,
 }
 
 /// One thing that is wrong with the settings.
@@ -244,6 +261,28 @@ impl Dispatch {
                 };
                 section.finish();
                 pairing
+            },
+            tunnels: {
+                let mut section = section.section("tunnels");
+                let tunnels = Tunnels {
+                    allowed_origins: section.take(
+                        "allowed_origins",
+                        Vec::<String>::new(),
+                        |origins: Vec<String>| origins.into_iter().map(origin).collect(),
+                    ),
+                    ledger: section.take(
+                        "ledger",
+                        "/var/lib/t3-dispatch/closes.jsonl",
+                        |path: PathBuf| filled(path, |path| path.as_os_str().is_empty(), "a path"),
+                    ),
+                    ledger_max_mb: section.take("ledger_max_mb", 16, |size| {
+                        filled(size, |size: &u64| *size == 0, "at least 1")
+                    }),
+                    drain_limit: section.take("drain_limit", "24h", duration),
+                    per_user_metrics: section.take("per_user_metrics", false, Ok),
+                };
+                section.finish();
+                tunnels
             },
         };
         if dispatch.listen.is_empty() {
@@ -437,6 +476,17 @@ fn path(text: String) -> Result<String, String> {
         Err(format!(
             "{text:?} is not a path: it begins with / and has no blanks"
         ))
+    }
+}
+
+fn origin(text: String) -> Result<String, String> {
+    match text.split_once("://") {
+        Some(("http" | "https", host)) if !host.is_empty() && !host.contains('/') => {
+            Ok(text.to_ascii_lowercase())
+        }
+        _ => Err(format!(
+            "{text:?} is not an origin: write for example https://t3.example.com"
+        )),
     }
 }
 

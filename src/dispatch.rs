@@ -15,15 +15,19 @@ use pingora::{Error, ErrorSource, ErrorType, Result};
 use crate::config::Dispatch;
 use crate::events::{self, Outcome};
 use crate::forward;
-use crate::identity::{IdentityError, who};
+use crate::gate::how;
+use crate::identity::{IdentityError, client, who};
 use crate::instance::Caller;
 use crate::pair::{Paired, Pairer};
+use crate::probe::echo;
 use crate::refuse::{Refusal, answer};
 use crate::session::{
     Verdict, accepts_html, asked_lately, has_session_cookie, is_document_navigation, read_check,
     session_cookies,
 };
-use crate::table::{Instance, Tables};
+use crate::table::{Instance, Tables, unique};
+use crate::tunnel::live::{self, About, Tunnel};
+use crate::tunnel::{How, Side};
 
 /// How long a client's unused connection is kept. Pingora would keep it for ever after its first request.
 const KEEPALIVE_SECONDS: u64 = 75;
@@ -42,6 +46,8 @@ pub struct Ctx {
     start: Instant,
     /// Who asks, and where it goes; set once both are known.
     found: Option<(String, Arc<Instance>)>,
+    /// The books of the WebSocket that it asks for, which are closed when this is dropped.
+    tunnel: Option<Arc<Tunnel>>,
     outcome: Option<Outcome>,
 }
 
@@ -103,6 +109,14 @@ impl Dispatcher {
         }
     }
 
+    /// Whether the instance is still the user's.
+    fn is_still(&self, user: &str, instance: &Arc<Instance>) -> bool {
+        self.tables
+            .current()
+            .get(user)
+            .is_some_and(|now| Arc::ptr_eq(now, instance))
+    }
+
     /// Whether the request comes with a session, as far as anybody can tell.
     async fn has_session(&self, request: &RequestHeader, instance: &Instance) -> bool {
         self.learn_cookie_name(instance).await;
@@ -156,6 +170,19 @@ impl Dispatcher {
         }
     }
 
+    /// Echoes to a probe.
+    async fn probe(&self, session: &mut Session, ctx: &mut Ctx) -> Result<bool> {
+        let Some(peer) = client_ip(session) else {
+            return refuse(session, ctx, Refusal::Internal, None).await;
+        };
+        let client = client(peer, &session.req_header().headers, &self.settings.identity);
+        match echo::serve(session, client).await {
+            Ok(Err(refusal)) => refuse(session, ctx, refusal, None).await,
+            // However it ended, it is over and there is nothing to answer.
+            Ok(Ok(())) | Err(_) => Ok(true),
+        }
+    }
+
     /// Pairs the browser and sends it to its workspace.
     async fn pair(
         &self,
@@ -166,11 +193,7 @@ impl Dispatcher {
     ) -> Result<bool> {
         let outcome = self.pairer.pair(user, instance).await;
         // Pairing takes seconds, in which the table may have taken the instance away.
-        let still = self
-            .tables
-            .current()
-            .get(user)
-            .is_some_and(|now| Arc::ptr_eq(now, instance));
+        let still = self.is_still(user, instance);
         match &*outcome {
             _ if !still => refuse(session, ctx, Refusal::UnknownUser, Some(user)).await,
             Ok(paired) => {
@@ -221,6 +244,52 @@ fn client_ip(session: &Session) -> Option<IpAddr> {
     Some(session.client_addr()?.as_inet()?.ip())
 }
 
+/// How a connection broke, by the system's error at the root of Pingora's.
+fn how_it_broke(error: &Error) -> How {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<std::io::Error>() {
+            return how(error);
+        }
+        cause = error.source();
+    }
+    match error.etype() {
+        ErrorType::ReadTimedout | ErrorType::WriteTimedout => How::Timeout,
+        ErrorType::ConnectionClosed => How::Fin,
+        _ => How::Rst,
+    }
+}
+
+/// Whose tunnel a request asks for.
+fn about(session: &Session, user: &str, instance: &Arc<Instance>) -> About {
+    let headers = &session.req_header().headers;
+    let chain = live::chain(headers, client_ip(session));
+    let told = headers.get("x-request-id").and_then(|id| id.to_str().ok());
+    let usable = |id: &&str| {
+        !id.is_empty() && id.len() <= 64 && id.bytes().all(|byte| byte.is_ascii_graphic())
+    };
+    About {
+        user: user.to_owned(),
+        instance: instance.clone(),
+        ip: chain.first().cloned().unwrap_or_default(),
+        chain,
+        id: told.filter(usable).map_or_else(own_id, str::to_owned),
+    }
+}
+
+/// An ID for a request that came without one: unique on this machine.
+fn own_id() -> String {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    format!(
+        "{:x}-{:x}-{:x}",
+        now.as_secs(),
+        std::process::id(),
+        unique()
+    )
+}
+
 #[async_trait]
 impl ProxyHttp for Dispatcher {
     type CTX = Ctx;
@@ -230,6 +299,7 @@ impl ProxyHttp for Dispatcher {
             _in_flight: InFlight::enter(),
             start: Instant::now(),
             found: None,
+            tunnel: None,
             outcome: None,
         }
     }
@@ -259,12 +329,28 @@ impl ProxyHttp for Dispatcher {
             ctx.outcome = Some(Outcome::Health);
             return healthy(session).await;
         }
+        if session.req_header().uri.path() == "/probe/ws" {
+            ctx.outcome = Some(Outcome::Probe);
+            return self.probe(session, ctx).await;
+        }
         let (user, instance) = match self.find(session) {
             Ok(found) => found,
             Err((refusal, user)) => return refuse(session, ctx, refusal, user.as_deref()).await,
         };
+        let upgrade = session.is_upgrade_req();
+        let origins = &self.settings.tunnels.allowed_origins;
+        if upgrade && !forward::is_origin_allowed(&session.req_header().headers, origins) {
+            return refuse(session, ctx, Refusal::CrossOrigin, Some(&user)).await;
+        }
         if !self.has_session(session.req_header(), &instance).await {
             return self.pair(session, ctx, &user, &instance).await;
+        }
+        if upgrade {
+            ctx.tunnel = Some(Tunnel::new(about(session, &user, &instance)));
+            // The table may have changed while the session was looked for, and such a tunnel would escape the revocation.
+            if !self.is_still(&user, &instance) {
+                return refuse(session, ctx, Refusal::UnknownUser, Some(&user)).await;
+            }
         }
         ctx.found = Some((user, instance));
         Ok(false)
@@ -272,7 +358,11 @@ impl ProxyHttp for Dispatcher {
 
     async fn upstream_peer(&self, session: &mut Session, ctx: &mut Ctx) -> Result<Box<HttpPeer>> {
         match &ctx.found {
-            Some((_, instance)) => Ok(Box::new(forward::peer_for(instance, session.req_header()))),
+            Some((_, instance)) => Ok(Box::new(forward::peer_for(
+                instance,
+                session.req_header(),
+                ctx.tunnel.as_ref(),
+            ))),
             None => Error::e_explain(ErrorType::InternalError, "no instance was chosen"),
         }
     }
@@ -293,8 +383,34 @@ impl ProxyHttp for Dispatcher {
         ctx: &mut Ctx,
     ) -> Result<()> {
         forward::response_head(response, session.req_header().version);
+        if let Some(tunnel) = &ctx.tunnel {
+            match response.status {
+                StatusCode::SWITCHING_PROTOCOLS => tunnel.open(),
+                status if status.is_informational() => {}
+                _ => tunnel.end(Side::Instance, How::Refused),
+            }
+        }
         if !response.status.is_informational() {
             events::first_byte(response.status, ctx.start.elapsed());
+        }
+        Ok(())
+    }
+
+    async fn request_body_filter(
+        &self,
+        session: &mut Session,
+        body: &mut Option<bytes::Bytes>,
+        end_of_stream: bool,
+        ctx: &mut Ctx,
+    ) -> Result<()> {
+        // Before the 101 this is the end of the empty request body.
+        if let Some(tunnel) = ctx.tunnel.as_ref().filter(|_| session.was_upgraded()) {
+            if let Some(bytes) = body.as_ref().filter(|bytes| !bytes.is_empty()) {
+                tunnel.bytes(Side::Client, bytes);
+            }
+            if end_of_stream {
+                tunnel.end(Side::Client, How::Fin);
+            }
         }
         Ok(())
     }
@@ -321,6 +437,9 @@ impl ProxyHttp for Dispatcher {
             ctx.outcome.get_or_insert(Outcome::Aborted);
             return nothing_to_say;
         }
+        if session.was_upgraded() {
+            return nothing_to_say;
+        }
         let user = ctx.found.as_ref().map(|(user, _)| user.clone());
         if let (ErrorSource::Upstream, Some((user, instance))) = (error.esource(), &ctx.found) {
             events::upstream_failed(user, instance.port, error.etype().as_str());
@@ -336,11 +455,15 @@ impl ProxyHttp for Dispatcher {
                 | ErrorType::SocketError
                 | ErrorType::BindError,
             ) => Refusal::InstanceUnreachable,
+            (ErrorSource::Upstream, ErrorType::ReadTimedout) => Refusal::InstanceSilent,
             (ErrorSource::Upstream, _) => Refusal::InstanceFailed,
             _ => Refusal::Internal,
         };
         // Half an answer cannot be taken back: the connection ends, which is how the client learns of it.
-        if session.response_written().is_some() {
+        if session
+            .response_written()
+            .is_some_and(|response| !response.status.is_informational())
+        {
             return nothing_to_say;
         }
         let error_code = refusal.status().as_u16();
@@ -355,6 +478,16 @@ impl ProxyHttp for Dispatcher {
     }
 
     async fn logging(&self, session: &mut Session, error: Option<&Error>, ctx: &mut Ctx) {
+        if let (Some(tunnel), Some(error)) = (&ctx.tunnel, error) {
+            match error.esource() {
+                ErrorSource::Downstream => tunnel.end(Side::Client, how_it_broke(error)),
+                ErrorSource::Upstream if session.was_upgraded() => {
+                    tunnel.end(Side::Instance, how_it_broke(error))
+                }
+                ErrorSource::Upstream => tunnel.end(Side::Instance, How::Refused),
+                _ => tunnel.fail(),
+            }
+        }
         let unsaid = if error.is_some() {
             Outcome::Failed
         } else {

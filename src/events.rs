@@ -6,19 +6,25 @@
 use std::fmt;
 use std::path::Path;
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use http::StatusCode;
 use log::{error, info, warn};
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts, Registry, TextEncoder,
+    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+use crate::close::Cause;
+use crate::ledger;
 use crate::pair::{PairError, Paired};
 use crate::refuse::Refusal;
 use crate::session::Verdict;
 use crate::table::TableError;
+use crate::tunnel::Side;
+use crate::tunnel::live::{About, Record};
+use crate::upgrade::UpgradeError;
 
 struct Metrics {
     registry: Registry,
@@ -31,6 +37,14 @@ struct Metrics {
     table_good: Gauge,
     table_users: IntGauge,
     upstream_errors: IntCounterVec,
+    tunnels_open: IntGauge,
+    tunnels_opened: IntCounter,
+    tunnel_closes: IntCounterVec,
+    tunnel_duration: Histogram,
+    tunnel_traffic: [(IntCounter, IntCounter); 2],
+    tunnel_user_closes: IntCounterVec,
+    ws_gap: Histogram,
+    ledger_lost: IntCounter,
 }
 
 static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
@@ -40,6 +54,21 @@ static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
         register(&registry, &counter);
         counter
     };
+    let single = |name: &str, help: &str| {
+        let counter = IntCounter::new(name, help).expect("a valid metric");
+        register(&registry, &counter);
+        counter
+    };
+    let bytes = counter(
+        "t3dispatch_tunnel_bytes_total",
+        "Bytes in WebSockets, by who sent them.",
+        &["from"],
+    );
+    let messages = counter(
+        "t3dispatch_tunnel_messages_total",
+        "Messages in WebSockets, by who sent them.",
+        &["from"],
+    );
     let seconds = |name: &str, help: &str, buckets: &[f64]| {
         HistogramOpts::new(name, help).buckets(buckets.to_vec())
     };
@@ -105,8 +134,57 @@ static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
             "Requests that an instance did not answer, by kind of error.",
             &["kind"],
         ),
+        tunnels_open: IntGauge::new("t3dispatch_tunnels_open", "WebSockets that are open.")
+            .expect("a valid metric"),
+        tunnels_opened: single(
+            "t3dispatch_tunnels_opened_total",
+            "WebSockets that were opened.",
+        ),
+        tunnel_closes: counter(
+            "t3dispatch_tunnel_closes_total",
+            "WebSockets that ended, those included that the instance refused, by cause.",
+            &["cause"],
+        ),
+        tunnel_duration: Histogram::with_opts(seconds(
+            "t3dispatch_tunnel_duration_seconds",
+            "How long WebSockets were open.",
+            &[
+                1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0,
+                43200.0, 86400.0,
+            ],
+        ))
+        .expect("a valid metric"),
+        tunnel_traffic: ["client", "instance"].map(|from| {
+            (
+                bytes.with_label_values(&[from]),
+                messages.with_label_values(&[from]),
+            )
+        }),
+        tunnel_user_closes: counter(
+            "t3dispatch_user_tunnel_closes_total",
+            "WebSockets that ended by user and cause, where tunnels.per_user_metrics asks for it.",
+            &["user", "cause"],
+        ),
+        ws_gap: Histogram::with_opts(seconds(
+            "t3dispatch_ws_gap_seconds",
+            "From a bad end of a user's WebSocket to their next one from the same address.",
+            &[
+                0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0,
+            ],
+        ))
+        .expect("a valid metric"),
+        ledger_lost: single(
+            "t3dispatch_ledger_lines_lost_total",
+            "Records that could not be written to the ledger.",
+        ),
         registry: registry.clone(),
     };
+    register(&registry, &metrics.tunnels_open);
+    register(&registry, &metrics.tunnel_duration);
+    register(&registry, &metrics.ws_gap);
+    for cause in Cause::ALL {
+        metrics.tunnel_closes.with_label_values(&[cause.as_str()]);
+    }
     register(&registry, &metrics.first_byte);
     register(&registry, &metrics.mint);
     register(&registry, &metrics.table_good);
@@ -140,6 +218,8 @@ pub fn exposition() -> (Vec<u8>, &'static str) {
 pub enum Outcome {
     /// Answered by us, for a health check.
     Health,
+    /// An echo to a probe.
+    Probe,
     /// Answered by us with a fresh session cookie.
     Paired,
     /// Answered by us with a refusal.
@@ -156,6 +236,7 @@ impl Outcome {
     fn label(self) -> &'static str {
         match self {
             Outcome::Health => "health",
+            Outcome::Probe => "probe",
             Outcome::Paired => "paired",
             Outcome::Refused => "refused",
             Outcome::Proxied => "proxied",
@@ -217,11 +298,32 @@ pub fn started(listen: &str, users: usize) {
     );
 }
 
-/// SIGQUIT came with nobody there to take over; the process goes on serving.
-pub fn upgrade_refused(socket: &str) {
+/// Nobody took over; the process goes on serving.
+pub fn upgrade_failed(error: &UpgradeError) {
+    error!("upgrade-failed serving=on error={:?}", error.to_string());
+}
+
+/// A new process took over; this one keeps what it has.
+pub fn replaced(pid: u32) {
+    info!("replaced by={pid} tunnels={}", METRICS.tunnels_open.get());
+}
+
+/// The process that was to be taken over from did not answer.
+pub fn predecessor_silent(error: &std::io::Error) {
+    warn!("predecessor-silent error={:?}", error.to_string());
+}
+
+/// `t3-dispatch reload` cannot reach this process.
+pub fn control_failed(upgrade_sock: &str, error: &std::io::Error) {
     error!(
-        "upgrade-refused socket={socket} error=\"no process waits to take over; start one with --upgrade first\""
+        "control-failed socket={upgrade_sock}.control error={:?}",
+        error.to_string()
     );
+}
+
+/// systemd could not be told something.
+pub fn notify_failed(error: &std::io::Error) {
+    warn!("notify-failed error={:?}", error.to_string());
 }
 
 /// The process leaves after a signal.
@@ -306,6 +408,87 @@ pub fn upstream_failed(user: &str, port: u16, kind: &str) {
     warn!(
         "upstream-failed user={} port={port} kind={kind}",
         Word(user)
+    );
+}
+
+/// A WebSocket is open; `gap` is how long its user had been without one.
+pub fn tunnel_opened(about: &About, gap: Option<Duration>) {
+    METRICS.tunnels_open.inc();
+    METRICS.tunnels_opened.inc();
+    let (user, ip, id) = (Word(&about.user), Word(&about.ip), Word(&about.id));
+    match gap {
+        Some(gap) => {
+            METRICS.ws_gap.observe(gap.as_secs_f64());
+            info!("ws open user={user} ip={ip} id={id} gap_ms={}", millis(gap));
+        }
+        None => info!("ws open user={user} ip={ip} id={id}"),
+    }
+}
+
+/// Bytes have come through a WebSocket.
+pub fn tunnel_bytes(from: Side, bytes: u64, messages: u64) {
+    let (all_bytes, all_messages) = &METRICS.tunnel_traffic[from as usize];
+    all_bytes.inc_by(bytes);
+    if messages > 0 {
+        all_messages.inc_by(messages);
+    }
+}
+
+static PER_USER: AtomicBool = AtomicBool::new(false);
+
+/// Counts the ends of WebSockets by user from now on.
+pub fn count_by_user() {
+    PER_USER.store(true, Ordering::Relaxed);
+}
+
+/// A WebSocket has ended, or was refused.
+pub fn tunnel_closed(record: &Record) {
+    let cause = record.cause.as_str();
+    METRICS.tunnel_closes.with_label_values(&[cause]).inc();
+    if PER_USER.load(Ordering::Relaxed) {
+        METRICS
+            .tunnel_user_closes
+            .with_label_values(&[record.user.as_str(), cause])
+            .inc();
+    }
+    if record.opened {
+        METRICS.tunnels_open.dec();
+        METRICS
+            .tunnel_duration
+            .observe(record.dur_ms as f64 / 1000.0);
+    }
+    let json = serde_json::to_value(record).unwrap_or_default();
+    let said = |key: &str| json[key].as_str().unwrap_or("none").to_owned();
+    info!(
+        "ws close user={} ip={} id={} dur_ms={} cause={cause} ended_by={} how={} code={} in_bytes={} out_bytes={} \
+         client_silence_ms={} instance_silence_ms={} unanswered_ms={}",
+        Word(&record.user),
+        Word(&record.ip),
+        Word(&record.id),
+        record.dur_ms,
+        said("ended_by"),
+        said("how"),
+        record.code.unwrap_or(0),
+        record.client.bytes,
+        record.instance.bytes,
+        record.client.silence_ms,
+        record.instance.silence_ms,
+        record.unanswered_ms.unwrap_or(0),
+    );
+    ledger::append(json.to_string());
+}
+
+/// A record could not be written.
+pub fn ledger_line_lost() {
+    METRICS.ledger_lost.inc();
+}
+
+/// The ledger cannot be written; said once until it can be again.
+pub fn ledger_failing(path: &Path, error: &std::io::Error) {
+    error!(
+        "ledger-failing file={} error={:?}",
+        path.display(),
+        error.to_string()
     );
 }
 

@@ -8,11 +8,13 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, head
 use pingora::Result;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::HttpPeer;
+use pingora::protocols::TcpKeepalive;
 use pingora::protocols::http::authority::{RawTargetAuthority, raw_target_authority};
 
 use crate::gate::GatedConnect;
 use crate::instance::{IDLE, peer};
 use crate::table::{Instance, unique};
+use crate::tunnel::live::Tunnel;
 
 /// Headers that belong to one connection (RFC 9110, section 7.6.1), as far as Pingora leaves them in a response.
 const HOP_BY_HOP: [&str; 6] = [
@@ -50,26 +52,72 @@ fn tokens(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &[u8]> 
         .map(<[u8]>::trim_ascii)
 }
 
+/// Notices a peer that is gone, without a FIN, within a minute: silent ones by probes, others by what they do not
+/// acknowledge.
+pub fn keepalive() -> TcpKeepalive {
+    TcpKeepalive {
+        idle: Duration::from_secs(20),
+        interval: Duration::from_secs(10),
+        count: 3,
+        user_timeout: Duration::from_secs(45),
+    }
+}
+
+/// Whether a page of the request's origin may open a WebSocket here: one from the host that the request names, or from
+/// one of `allowed`. Sibling sites share the instance's cookie, and the instance itself does not look. A client that is
+/// no browser sends no origin.
+pub fn is_origin_allowed(headers: &HeaderMap, allowed: &[String]) -> bool {
+    let mut origins = headers.get_all(header::ORIGIN).iter();
+    let Some(origin) = origins.next() else {
+        return true;
+    };
+    let (Ok(origin), None) = (origin.to_str(), origins.next()) else {
+        return false;
+    };
+    let origin = origin.to_ascii_lowercase();
+    if allowed.contains(&origin) {
+        return true;
+    }
+    let default_port = match origin.split_once("://") {
+        Some(("http", _)) => ":80",
+        Some(("https", _)) => ":443",
+        _ => return false,
+    };
+    let without_default = |host: &str| host.strip_suffix(default_port).unwrap_or(host).to_owned();
+    let host = headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok())
+        .unwrap_or_default();
+    let (_, from) = origin.split_once("://").unwrap_or_default();
+    !from.is_empty() && without_default(from) == without_default(&host.to_ascii_lowercase())
+}
+
 /// The peer for a request to `instance`.
 ///
 /// A kept connection may be closed by the instance at the moment it is used again. Pingora then repeats the request,
 /// but only where that does no harm and nothing of a body is lost; every other request gets a connection of its own.
 /// So does an upgrade: an instance that refuses one says `keep-alive` and closes.
-pub fn peer_for(instance: &Instance, request: &RequestHeader) -> HttpPeer {
+pub fn peer_for(
+    instance: &Instance,
+    request: &RequestHeader,
+    tunnel: Option<&Arc<Tunnel>>,
+) -> HttpPeer {
     let has_body = request.headers.contains_key(header::TRANSFER_ENCODING)
         || request
             .headers
             .get(header::CONTENT_LENGTH)
             .is_some_and(|length| length != "0");
-    let upgrade = request.headers.contains_key(header::UPGRADE);
-    let keep = request.method.is_idempotent() && !has_body && !upgrade;
+    let keep = request.method.is_idempotent() && !has_body && tunnel.is_none();
     let mut peer = peer(
         instance.port,
         if keep { instance.generation } else { unique() },
     );
     peer.options.idle_timeout = Some(if keep { IDLE } else { Duration::ZERO });
-    if upgrade {
-        peer.options.custom_l4 = Some(Arc::new(GatedConnect));
+    if let Some(tunnel) = tunnel {
+        peer.options.custom_l4 = Some(Arc::new(GatedConnect {
+            tunnel: tunnel.clone(),
+        }));
+        peer.options.tcp_keepalive = Some(keepalive());
     }
     peer
 }
@@ -127,5 +175,50 @@ pub fn response_head(response: &mut ResponseHeader, version: Version) {
     // HTTP/1.0 has no chunks: the body ends with the connection.
     if version < Version::HTTP_11 {
         response.remove_header(&header::TRANSFER_ENCODING);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_may_open_sockets_to_its_own_host() {
+        let allowed = ["https://other.example.com".to_owned()];
+        let is = |host: &str, origins: &[&str]| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, HeaderValue::from_str(host).unwrap());
+            for origin in origins {
+                headers.append(header::ORIGIN, HeaderValue::from_str(origin).unwrap());
+            }
+            is_origin_allowed(&headers, &allowed)
+        };
+        assert!(is("t3.example.com", &[]));
+        assert!(is("t3.example.com", &["https://t3.example.com"]));
+        assert!(is("T3.Example.com", &["https://t3.example.COM"]));
+        assert!(is("t3.example.com:443", &["https://t3.example.com"]));
+        assert!(is("t3.example.com", &["http://t3.example.com:80"]));
+        assert!(is("127.0.0.1:3780", &["http://127.0.0.1:3780"]));
+        assert!(is("[::1]:3780", &["http://[::1]:3780"]));
+        assert!(is("t3.example.com", &["https://other.example.com"]));
+        for origin in [
+            "https://evil.example.com",
+            "https://t3.example.com.evil.example.com",
+            "https://evil-t3.example.com",
+            "https://t3.example.com:8443",
+            "https://user@t3.example.com",
+            "t3.example.com",
+            "file://t3.example.com",
+            "https://",
+            "null",
+            "",
+        ] {
+            assert!(!is("t3.example.com", &[origin]), "{origin}");
+        }
+        assert!(!is(
+            "t3.example.com",
+            &["https://t3.example.com", "https://t3.example.com"]
+        ));
+        assert!(!is("", &["https://"]));
     }
 }

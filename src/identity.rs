@@ -56,6 +56,34 @@ pub fn who<'a>(
     }
 }
 
+/// The address of the client: of those that trusted proxies have forwarded, the last that is no proxy's itself. Anybody
+/// else's word is not taken.
+pub fn client(peer: IpAddr, headers: &HeaderMap, rules: &Identity) -> IpAddr {
+    let trusted = |ip: &IpAddr| {
+        rules
+            .trusted_proxies
+            .iter()
+            .any(|network| network.contains(ip))
+    };
+    let peer = peer.to_canonical();
+    if !trusted(&peer) {
+        return peer;
+    }
+    let mut told: Vec<IpAddr> = headers
+        .get_all("x-forwarded-for")
+        .iter()
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+        .map_while(|one| std::str::from_utf8(one).ok()?.trim().parse::<IpAddr>().ok())
+        .map(|ip| ip.to_canonical())
+        .collect();
+    while let Some(ip) = told.pop() {
+        if !trusted(&ip) {
+            return ip;
+        }
+    }
+    peer
+}
+
 /// Whether `name` is another header that CGI-style servers fold into the same variable as `header`: they map every
 /// character that is no letter or digit to an underscore.
 fn looks_like(name: &HeaderName, header: &HeaderName) -> bool {

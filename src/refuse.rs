@@ -41,6 +41,14 @@ pub enum Refusal {
     InstanceUnreachable,
     /// The instance took the request and broke off before it answered.
     InstanceFailed,
+    /// The instance took a WebSocket's handshake and did not answer it.
+    InstanceSilent,
+    /// The echo is for WebSockets.
+    NotAWebSocket,
+    /// The echo has no place left.
+    ProbeBusy,
+    /// A page of another site wants to open a WebSocket.
+    CrossOrigin,
     /// The request cannot be passed on as it is.
     BadRequest,
     /// A fault of ours.
@@ -71,6 +79,10 @@ impl Refusal {
             Refusal::PairingTooOften(_) => "pairing-too-often",
             Refusal::InstanceUnreachable => "instance-unreachable",
             Refusal::InstanceFailed => "instance-failed",
+            Refusal::InstanceSilent => "instance-silent",
+            Refusal::NotAWebSocket => "not-a-websocket",
+            Refusal::ProbeBusy => "probe-busy",
+            Refusal::CrossOrigin => "cross-origin",
             Refusal::BadRequest => "bad-request",
             Refusal::Internal => "internal",
         }
@@ -79,8 +91,13 @@ impl Refusal {
     /// The HTTP status.
     pub fn status(&self) -> StatusCode {
         match self {
-            Refusal::AmbiguousIdentity(_) | Refusal::BadRequest => StatusCode::BAD_REQUEST,
-            Refusal::UntrustedProxy(_) | Refusal::UnknownUser => StatusCode::FORBIDDEN,
+            Refusal::AmbiguousIdentity(_) | Refusal::BadRequest | Refusal::NotAWebSocket => {
+                StatusCode::BAD_REQUEST
+            }
+            Refusal::UntrustedProxy(_) | Refusal::UnknownUser | Refusal::CrossOrigin => {
+                StatusCode::FORBIDDEN
+            }
+            Refusal::InstanceSilent => StatusCode::GATEWAY_TIMEOUT,
             Refusal::PairingTooOften(_) => StatusCode::TOO_MANY_REQUESTS,
             Refusal::MintFailed | Refusal::MintUnparseable | Refusal::Internal => {
                 StatusCode::INTERNAL_SERVER_ERROR
@@ -90,7 +107,7 @@ impl Refusal {
             | Refusal::BootstrapNoCookie
             | Refusal::InstanceUnreachable
             | Refusal::InstanceFailed => StatusCode::BAD_GATEWAY,
-            Refusal::PairingBusy => StatusCode::SERVICE_UNAVAILABLE,
+            Refusal::PairingBusy | Refusal::ProbeBusy => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 
@@ -111,6 +128,12 @@ impl Refusal {
             }
             Refusal::InstanceUnreachable => "t3 instance is not reachable".into(),
             Refusal::InstanceFailed => "t3 instance ended the connection without an answer".into(),
+            Refusal::InstanceSilent => "t3 instance does not answer".into(),
+            Refusal::NotAWebSocket => "this address takes WebSockets only".into(),
+            Refusal::ProbeBusy => "too many probes at once".into(),
+            Refusal::CrossOrigin => {
+                "a page of another origin may not open WebSockets: add it to dispatch.tunnels.allowed_origins if it may".into()
+            }
             Refusal::BadRequest => "the request cannot be passed on".into(),
             Refusal::Internal => "internal error".into(),
         }
@@ -118,7 +141,7 @@ impl Refusal {
 
     fn retry_after(&self) -> Option<u64> {
         match self {
-            Refusal::PairingBusy => Some(5),
+            Refusal::PairingBusy | Refusal::ProbeBusy => Some(5),
             Refusal::PairingTooOften(seconds) => Some(*seconds),
             _ => None,
         }
@@ -177,6 +200,23 @@ impl Refusal {
                 "Your workspace broke off",
                 "It took the request and ended the connection without an answer. This page tries again by itself.",
                 true,
+            ),
+            Refusal::NotAWebSocket => (
+                "There is nothing to see here",
+                "This address is for probes, which speak WebSocket.",
+                false,
+            ),
+            // No page opens WebSockets by navigating, so nobody sees these.
+            Refusal::ProbeBusy => ("Too many probes", "Try again in a few seconds.", true),
+            Refusal::InstanceSilent => (
+                "Your workspace does not answer",
+                "It is running, but it hangs.",
+                true,
+            ),
+            Refusal::CrossOrigin => (
+                "This page may not connect",
+                "It belongs to another site.",
+                false,
             ),
             Refusal::BadRequest => (
                 "This request cannot be passed on",

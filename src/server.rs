@@ -1,32 +1,45 @@
 //! Listeners, background tasks and signals; no request logic.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use pingora::apps::{HttpServerApp, HttpServerOptions, ReusedHttpStream};
 use pingora::listeners::{L4BufferSettings, ListenerConfig, TcpSocketOptions};
-use pingora::proxy::http_proxy_service_with_name;
+use pingora::protocols::http::ServerSession;
+use pingora::proxy::{HttpProxy, http_proxy};
 use pingora::server::configuration::Opt;
-use pingora::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch};
-use pingora::services::background::background_service;
+use pingora::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
+use pingora::services::background::{BackgroundService, background_service};
 use pingora::services::listening::Service;
-use tokio::signal::unix::{SignalKind, signal};
+use sd_notify::NotifyState;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, watch};
 
 use crate::admin::Admin;
 use crate::config::Settings;
 use crate::dispatch::{Dispatcher, requests_in_flight};
 use crate::events;
+use crate::forward::keepalive;
+use crate::ledger::{self, Ledger};
 use crate::table::{TableError, Tables, Watcher};
+use crate::tunnel::live;
+use crate::upgrade::{self, Handover, Keeper, Message, UpgradeError};
 
 /// Read buffer of a client's connection. Pingora's default of 64 KiB is kept by every idle WebSocket.
 const READ_BUFFER: usize = 4096;
 
 /// How long SIGTERM waits for requests in flight where `grace_period_seconds` does not say.
-const TERM_GRACE: Duration = Duration::from_secs(10);
+const TERM_GRACE: Duration = Duration::from_secs(8);
 
-/// How long Pingora goes on accepting after it has handed its sockets to a new process, and a little more.
-const HANDED_OVER: Duration = Duration::from_secs(6);
+/// How long a process that was replaced answers on the connections that clients keep with it, each answer being the last
+/// one, before it closes those that are unused.
+const LAST_ANSWERS: Duration = Duration::from_secs(3);
+
+/// How long the last records may take to reach the disk.
+const LAST_RECORDS: Duration = Duration::from_secs(1);
 
 /// How to start.
 #[derive(Debug, Clone, Copy, Default)]
@@ -65,11 +78,11 @@ pub enum ServeError {
     Process(#[from] std::io::Error),
 }
 
-/// Runs the service until a signal ends it.
+/// Runs the service until a signal ends it. `file` is where the settings came from.
 ///
 /// # Errors
 /// When it cannot start. Once it has started, it returns only after a signal.
-pub fn serve(settings: Settings, start: Start) -> Result<(), ServeError> {
+pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<(), ServeError> {
     let Settings {
         pingora: mut conf,
         dispatch,
@@ -103,12 +116,29 @@ pub fn serve(settings: Settings, start: Start) -> Result<(), ServeError> {
             })?;
         }
     }
+    if dispatch.tunnels.per_user_metrics {
+        events::count_by_user();
+    }
 
+    let listen: Vec<String> = dispatch.listen.iter().map(SocketAddr::to_string).collect();
+    let admin_address = dispatch.admin.to_string();
+    let addresses = listen
+        .iter()
+        .cloned()
+        .chain([admin_address.clone()])
+        .collect();
+    let handover = Handover::new(
+        conf.upgrade_sock.clone(),
+        upgrade::successor(file)?,
+        addresses,
+        conf.pid_file.clone().into(),
+    );
     let term_grace = conf
         .grace_period_seconds
         .map_or(TERM_GRACE, Duration::from_secs);
-    let upgrade_grace = Duration::from_secs(*conf.grace_period_seconds.get_or_insert(300));
-    let upgrade_sock = conf.upgrade_sock.clone();
+    let drain_limit = dispatch.tunnels.drain_limit;
+    // The process ends itself, in time; Pingora would sleep through its whole grace period.
+    conf.grace_period_seconds = Some((drain_limit + term_grace).as_secs() + 60);
     let opt = Opt {
         upgrade: start.upgrade,
         daemon: start.daemon,
@@ -117,37 +147,105 @@ pub fn serve(settings: Settings, start: Start) -> Result<(), ServeError> {
     let mut server = Server::new_with_opt_and_conf(opt, conf);
     server.bootstrap();
 
+    let tunnels = &dispatch.tunnels;
+    let ledger = Ledger {
+        path: tunnels.ledger.clone(),
+        limit: tunnels.ledger_max_mb << 20,
+    };
     let dispatcher = Dispatcher::new(dispatch.clone(), tables.clone());
-    let mut proxy = http_proxy_service_with_name(&server.configuration, dispatcher, "dispatch");
-    for address in &dispatch.listen {
+    let proxy = LastAnswers {
+        proxy: Arc::new(http_proxy(&server.configuration, dispatcher)),
+    };
+    let mut proxy = Service::new("dispatch".into(), proxy);
+    for address in &listen {
+        let mut options = TcpSocketOptions::default();
+        options.tcp_keepalive = Some(keepalive());
+        let buffers = L4BufferSettings::default().read(READ_BUFFER);
         proxy.add_listener(
-            ListenerConfig::tcp(address.to_string())
-                .tcp_socket_options(TcpSocketOptions::default())
-                .l4_buffer(L4BufferSettings::default().read(READ_BUFFER)),
+            ListenerConfig::tcp(address.clone())
+                .tcp_socket_options(options)
+                .l4_buffer(buffers),
         );
     }
-    let mut admin = Service::new("admin".into(), Admin::new(dispatch.pairing.mint.clone()));
+    let mut admin = Service::new(
+        "admin".into(),
+        Admin::new(dispatch.pairing.mint.clone(), ledger.clone()),
+    );
     admin.threads = Some(1);
-    admin.add_tcp(&dispatch.admin.to_string());
+    admin.add_tcp(&admin_address);
     server.add_service(proxy);
     server.add_service(admin);
+    server.add_service(Keeper(handover.clone()));
     server.add_service(background_service(
         "table",
         Watcher::new(tables.clone(), dispatch.table_poll),
     ));
+    server.add_service(background_service(
+        "revoke",
+        Revoker {
+            tables: tables.clone(),
+        },
+    ));
 
-    let listen: Vec<String> = dispatch.listen.iter().map(SocketAddr::to_string).collect();
-    events::started(&listen.join(","), tables.current().len());
     let signals = Signals {
         tables,
-        upgrade_sock,
+        handover,
+        ledger,
+        upgraded: start.upgrade,
+        listen: listen.join(","),
         term_grace,
-        upgrade_grace,
+        drain_limit,
     };
     server.run(RunArgs {
         shutdown_signal: Box::new(signals),
     });
     Ok(())
+}
+
+/// Pingora's proxy, but for the way it stops: at once it would drop the connections that clients keep, and a request that
+/// is on its way on one of them would be lost.
+struct LastAnswers {
+    proxy: Arc<HttpProxy<Dispatcher>>,
+}
+
+#[async_trait]
+impl HttpServerApp for LastAnswers {
+    async fn process_new_http(
+        self: &Arc<Self>,
+        session: ServerSession,
+        shutdown: &ShutdownWatch,
+    ) -> Option<ReusedHttpStream> {
+        self.proxy.process_new_http(session, shutdown).await
+    }
+
+    fn server_options(&self) -> Option<&HttpServerOptions> {
+        self.proxy.server_options()
+    }
+
+    async fn http_cleanup(&self) {
+        tokio::time::sleep(LAST_ANSWERS).await;
+        self.proxy.http_cleanup().await;
+    }
+}
+
+/// Ends the tunnels of people who lost their instance, in a process that was replaced too.
+struct Revoker {
+    tables: Arc<Tables>,
+}
+
+#[async_trait]
+impl BackgroundService for Revoker {
+    async fn start(&self, _shutdown: ShutdownWatch) {
+        let mut swaps = self.tables.swaps();
+        while swaps.changed().await.is_ok() {
+            let table = self.tables.current();
+            live::revoke(|user, instance| {
+                !table
+                    .get(user)
+                    .is_some_and(|now| Arc::ptr_eq(now, instance))
+            });
+        }
+    }
 }
 
 /// Cookies and credentials pass through this process: no core dump and no other process of the same user may read them.
@@ -165,12 +263,52 @@ fn ignore_hangup_until_ready() -> std::io::Result<()> {
     runtime.block_on(async { signal(SignalKind::hangup()).map(drop) })
 }
 
+/// What this process is about, for everything that has to end with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// It takes new requests.
+    Serving,
+    /// It keeps what it has.
+    Leaving,
+}
+
+static PHASE: std::sync::LazyLock<watch::Sender<Phase>> =
+    std::sync::LazyLock::new(|| watch::channel(Phase::Serving).0);
+
+/// Tells when this process begins to leave.
+pub fn phase() -> watch::Receiver<Phase> {
+    PHASE.subscribe()
+}
+
 /// What each signal means.
 struct Signals {
     tables: Arc<Tables>,
-    upgrade_sock: String,
+    handover: Arc<Handover>,
+    ledger: Ledger,
+    upgraded: bool,
+    listen: String,
     term_grace: Duration,
-    upgrade_grace: Duration,
+    drain_limit: Duration,
+}
+
+struct Listening {
+    hangup: Signal,
+    quit: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+    user2: Signal,
+}
+
+impl Listening {
+    fn new() -> std::io::Result<Listening> {
+        Ok(Listening {
+            hangup: signal(SignalKind::hangup())?,
+            quit: signal(SignalKind::quit())?,
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            user2: signal(SignalKind::user_defined2())?,
+        })
+    }
 }
 
 #[async_trait]
@@ -178,41 +316,161 @@ impl ShutdownSignalWatch for Signals {
     async fn recv(&self) -> ShutdownSignal {
         // Going to the background may have undone it.
         keep_secrets();
-        let listen = |kind| signal(kind).expect("these signals can be listened for");
-        let mut hangup = listen(SignalKind::hangup());
-        let mut quit = listen(SignalKind::quit());
-        let mut terminate = listen(SignalKind::terminate());
-        let mut interrupt = listen(SignalKind::interrupt());
+        let mut signals = Listening::new().expect("these signals can be listened for");
+        if let Err(error) = self.ledger.clone().start() {
+            events::ledger_failing(&self.ledger.path, &error);
+        }
+        let (messages, mut inbox) = mpsc::channel(8);
+        let serving = self.serving(messages);
+        tokio::pin!(serving);
+        let mut served = false;
+        let mut handing_over: Option<Attempt> = None;
         loop {
             tokio::select! {
-                _ = hangup.recv() => self.tables.reload(),
+                () = &mut serving, if !served => served = true,
+                _ = signals.hangup.recv() => self.tables.reload(),
                 // Pingora would stop serving even with nobody there to take over.
-                _ = quit.recv() => if std::path::Path::new(&self.upgrade_sock).exists() {
-                    leave_when_idle(HANDED_OVER, self.upgrade_grace);
-                    return ShutdownSignal::GracefulUpgrade;
-                } else {
-                    events::upgrade_refused(&self.upgrade_sock);
+                _ = signals.quit.recv() => self.begin(&mut handing_over, false, None),
+                _ = signals.user2.recv() => self.begin(&mut handing_over, true, None),
+                Some(message) = inbox.recv() => match message {
+                    Message::Upgrade(asker) => self.begin(&mut handing_over, true, Some(asker)),
+                    Message::Ready(pid, stream) => if let Some(attempt) = &handing_over {
+                        let _ = attempt.ready.try_send((pid, stream));
+                    },
                 },
-                _ = terminate.recv() => {
-                    leave_when_idle(Duration::ZERO, self.term_grace);
+                outcome = outcome(&mut handing_over) => {
+                    let askers = handing_over.take().map(|attempt| attempt.askers).unwrap_or_default();
+                    let taken = match &outcome {
+                        Ok(pid) => { events::replaced(*pid); true }
+                        Err(error) => { events::upgrade_failed(error); false }
+                    };
+                    if let Ok(pid) = &outcome {
+                        upgrade::notify(NotifyState::MainPid(*pid));
+                    }
+                    for asker in askers {
+                        upgrade::tell(asker, &outcome).await;
+                    }
+                    if taken {
+                        self.leave(signals, self.drain_limit);
+                        return ShutdownSignal::GracefulTerminate;
+                    }
+                }
+                _ = signals.terminate.recv() => {
+                    self.terminate();
                     return ShutdownSignal::GracefulTerminate;
                 }
-                _ = interrupt.recv() => return ShutdownSignal::FastShutdown,
+                _ = signals.interrupt.recv() => {
+                    last_words();
+                    return ShutdownSignal::FastShutdown;
+                }
             }
         }
     }
 }
 
-/// Ends the process once no request is in flight, at the latest after `grace`, but not before `first` is over. Pingora
-/// itself would sleep through the whole grace period.
-fn leave_when_idle(first: Duration, grace: Duration) {
-    let start = Instant::now();
-    std::thread::spawn(move || {
-        std::thread::sleep(first.max(Duration::from_millis(100)));
-        while requests_in_flight() > 0 && start.elapsed() < grace {
-            std::thread::sleep(Duration::from_millis(50));
+/// A handover that is under way, and those who want to know how it goes.
+struct Attempt {
+    task: tokio::task::JoinHandle<Result<u32, UpgradeError>>,
+    ready: mpsc::Sender<(u32, tokio::net::UnixStream)>,
+    askers: Vec<tokio::net::UnixStream>,
+}
+
+async fn outcome(attempt: &mut Option<Attempt>) -> Result<u32, UpgradeError> {
+    match attempt {
+        Some(attempt) => match (&mut attempt.task).await {
+            Ok(outcome) => outcome,
+            Err(error) => Err(std::io::Error::other(error).into()),
+        },
+        None => std::future::pending().await,
+    }
+}
+
+impl Signals {
+    /// Waits until this process serves, then tells everybody who should know.
+    async fn serving(&self, messages: mpsc::Sender<Message>) {
+        if let Err(error) = self.handover.serving(self.upgraded).await {
+            // The predecessor may be gone, or of an older kind; there is nobody else to serve.
+            events::predecessor_silent(&error);
         }
-        events::stopped(requests_in_flight());
-        std::process::exit(0);
-    });
+        if let Err(error) = upgrade::listen(&self.handover.upgrade_sock, messages) {
+            events::control_failed(&self.handover.upgrade_sock, &error);
+        }
+        upgrade::notify(NotifyState::Ready);
+        events::started(&self.listen, self.tables.current().len());
+    }
+
+    /// Begins to hand over, unless that is under way already.
+    fn begin(
+        &self,
+        attempt: &mut Option<Attempt>,
+        start: bool,
+        asker: Option<tokio::net::UnixStream>,
+    ) {
+        let attempt = attempt.get_or_insert_with(|| {
+            let (ready, waiting) = mpsc::channel(1);
+            let task = tokio::spawn(self.handover.clone().hand_over(start, waiting));
+            Attempt {
+                task,
+                ready,
+                askers: Vec::new(),
+            }
+        });
+        attempt.askers.extend(asker);
+    }
+
+    /// Ends the process once it has nothing left to do, at the latest after `limit`.
+    fn leave(&self, mut signals: Listening, limit: Duration) {
+        PHASE.send_replace(Phase::Leaving);
+        let (tables, term_grace) = (self.tables.clone(), self.term_grace);
+        tokio::spawn(async move {
+            let start = Instant::now();
+            tokio::time::sleep(LAST_ANSWERS + Duration::from_millis(500)).await;
+            while requests_in_flight() > 0 && start.elapsed() < limit {
+                tokio::select! {
+                    () = tokio::time::sleep(Duration::from_millis(100)) => {}
+                    _ = signals.hangup.recv() => tables.reload(),
+                    _ = signals.terminate.recv() => break,
+                    _ = signals.interrupt.recv() => break,
+                    // It is not the one to hand over any more.
+                    _ = signals.quit.recv() => {}
+                    _ = signals.user2.recv() => {}
+                }
+            }
+            end_tunnels(term_grace).await;
+            exit();
+        });
+    }
+
+    /// Ends the process: requests in flight may end, tunnels are closed.
+    fn terminate(&self) {
+        PHASE.send_replace(Phase::Leaving);
+        upgrade::notify(NotifyState::Stopping);
+        let grace = self.term_grace;
+        tokio::spawn(async move {
+            end_tunnels(grace).await;
+            exit();
+        });
+    }
+}
+
+/// Closes every tunnel, and waits for all requests to end, for `grace` at most.
+async fn end_tunnels(grace: Duration) {
+    let until = Instant::now() + grace;
+    live::end_all();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    while requests_in_flight() > 0 && Instant::now() < until {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Writes the records of what is still there.
+fn last_words() {
+    live::close_all_books();
+    ledger::flush(LAST_RECORDS);
+}
+
+fn exit() -> ! {
+    events::stopped(requests_in_flight());
+    last_words();
+    std::process::exit(0)
 }

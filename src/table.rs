@@ -17,7 +17,7 @@ use pingora::services::background::BackgroundService;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::events;
 use crate::session::CookieName;
@@ -254,6 +254,7 @@ pub struct Tables {
     /// Hash of the text that `current` was first made from.
     opened: u64,
     asked: Notify,
+    swaps: watch::Sender<()>,
 }
 
 impl Tables {
@@ -270,12 +271,18 @@ impl Tables {
             current: ArcSwap::from_pointee(table),
             opened: hash(&text),
             asked: Notify::new(),
+            swaps: watch::channel(()).0,
         })
     }
 
     /// The table in force now.
     pub fn current(&self) -> arc_swap::Guard<Arc<Table>> {
         self.current.load()
+    }
+
+    /// Tells of each time that another table came into force.
+    pub fn swaps(&self) -> watch::Receiver<()> {
+        self.swaps.subscribe()
     }
 
     /// Has the file read again soon, and the outcome logged even when nothing changed.
@@ -357,12 +364,14 @@ enum State {
 #[async_trait]
 impl BackgroundService for Watcher {
     // The file is read on this service's own thread, so a slow disk or a huge table holds up no request.
-    async fn start(&self, mut shutdown: ShutdownWatch) {
+    // A process that was replaced goes on reading it: access of the people whose tunnels it has ends there too.
+    async fn start(&self, _shutdown: ShutdownWatch) {
         let Tables {
             path,
             current,
             opened,
             asked,
+            swaps,
         } = &*self.tables;
         let mut in_force = *opened;
         let mut state = State::Good;
@@ -372,7 +381,6 @@ impl BackgroundService for Watcher {
             let asked = tokio::select! {
                 () = tokio::time::sleep(LOOK) => false,
                 () = asked.notified() => true,
-                _ = shutdown.changed() => return,
             };
             let look = Look::at(path);
             let settled = seen.as_ref() == Some(&look);
@@ -391,6 +399,7 @@ impl BackgroundService for Watcher {
                     let news = asked || changed.is_some() || matches!(state, State::Bad(_));
                     if let Some((table, hash)) = changed {
                         current.store(Arc::new(table));
+                        swaps.send_replace(());
                         in_force = hash;
                     }
                     state = State::Good;

@@ -46,6 +46,7 @@ impl Setup {
                 "admin": format!("{ip}:3781"),
                 "table": base.join("dispatch.json"),
                 "pairing": { "mint": mint },
+                "tunnels": { "ledger": base.join("closes.jsonl") },
             }),
             top: json!({
                 "threads": 2,
@@ -216,6 +217,25 @@ impl Dispatcher {
             .lines()
             .find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
         value.map_or(0.0, |value| value.parse().unwrap())
+    }
+
+    /// The ledger's records so far.
+    pub fn records(&self) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.base.join("closes.jsonl")).unwrap_or_default();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    /// Waits until the ledger has that many records, and gives them.
+    pub async fn wait_for_records(&self, count: usize) -> Vec<Value> {
+        wait_for(&format!("{count} records"), async || {
+            self.records().len() >= count
+        })
+        .await;
+        let records = self.records();
+        assert_eq!(records.len(), count, "{records:#?}");
+        records
     }
 
     /// Replaces the table by renaming a new file over it.

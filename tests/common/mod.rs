@@ -7,3 +7,4 @@ pub mod frames;
 pub mod http;
 pub mod instance;
 pub mod mint;
+pub mod raw;

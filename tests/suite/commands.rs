@@ -335,7 +335,10 @@ async fn sigterm_lets_requests_in_flight_end() {
 async fn sigint_ends_at_once_and_sigquit_with_nobody_waiting_ends_nothing() {
     let mut world = World::new().await;
     world.dispatcher.signal(Signal::QUIT);
-    world.dispatcher.wait_for_log("upgrade-refused").await;
+    world
+        .dispatcher
+        .wait_for_log("upgrade-failed serving=on")
+        .await;
     let session = world.alice.new_session();
     assert_eq!(
         world.dispatcher.navigate("alice", &session).await.status,

@@ -1,0 +1,3 @@
+//! Evidence about the way between a client and this service.
+
+pub mod echo;

@@ -1,0 +1,358 @@
+//! The tunnels that are open, and the record that each of them leaves exactly once.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::Waker;
+use std::time::{Duration, Instant, SystemTime};
+
+use serde::Serialize;
+
+use super::{Ender, Facts, How, Sensor, Side};
+use crate::close::{Cause, cause};
+use crate::events;
+use crate::table::Instance;
+
+/// How long after an abnormal end a new tunnel of the same person still counts as the reconnect.
+const GAP: Duration = Duration::from_secs(15 * 60);
+
+/// Whose tunnel it is, and where it comes from and goes to.
+#[derive(Debug, Clone)]
+pub struct About {
+    /// Who asked.
+    pub user: String,
+    /// Where it goes.
+    pub instance: Arc<Instance>,
+    /// The client's address: the first of `chain`.
+    pub ip: String,
+    /// The addresses it came over as the edges told them, our own peer last.
+    pub chain: Vec<String>,
+    /// The request's ID, from the edge or ours.
+    pub id: String,
+}
+
+/// Why this service ends a tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// The person has no claim to the instance any more.
+    Revoked,
+    /// This process ends.
+    Shutdown,
+}
+
+impl Order {
+    /// The code of the Close frames (RFC 6455, section 7.4.1).
+    pub fn code(self) -> u16 {
+        match self {
+            Order::Revoked => 1008,
+            Order::Shutdown => 1001,
+        }
+    }
+
+    fn how(self) -> How {
+        match self {
+            Order::Revoked => How::Revoked,
+            Order::Shutdown => How::Shutdown,
+        }
+    }
+}
+
+/// One tunnel, or the attempt at one. The last owner who lets go of it closes its books.
+#[derive(Debug)]
+pub struct Tunnel {
+    about: About,
+    key: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    sensor: Sensor,
+    order: Option<Order>,
+    reader: Option<Waker>,
+    gap: Option<Duration>,
+    recorded: bool,
+}
+
+static LIVE: LazyLock<Mutex<HashMap<u64, Weak<Tunnel>>>> = LazyLock::new(Mutex::default);
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+/// The abnormal ends that nobody has come back from yet, by user and address.
+static GAPS: LazyLock<Mutex<HashMap<(String, String), Instant>>> = LazyLock::new(Mutex::default);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Tunnel {
+    /// A tunnel that somebody asks for now.
+    pub fn new(about: About) -> Arc<Tunnel> {
+        let key = NEXT.fetch_add(1, Ordering::Relaxed);
+        let state = State {
+            sensor: Sensor::new(Instant::now()),
+            order: None,
+            reader: None,
+            gap: None,
+            recorded: false,
+        };
+        let tunnel = Arc::new(Tunnel {
+            about,
+            key,
+            state: Mutex::new(state),
+        });
+        lock(&LIVE).insert(key, Arc::downgrade(&tunnel));
+        tunnel
+    }
+
+    /// The instance has answered 101.
+    pub fn open(&self) {
+        let gap = {
+            let who = (self.about.user.clone(), self.about.ip.clone());
+            let dropped = lock(&GAPS).remove(&who);
+            dropped.map(|at| at.elapsed()).filter(|gap| *gap < GAP)
+        };
+        let mut state = lock(&self.state);
+        state.sensor.open(Instant::now());
+        state.gap = gap;
+        drop(state);
+        events::tunnel_opened(&self.about, gap);
+    }
+
+    /// Bytes have come from `side`.
+    pub fn bytes(&self, side: Side, bytes: &[u8]) {
+        let messages = lock(&self.state).sensor.bytes(side, bytes, Instant::now());
+        events::tunnel_bytes(side, bytes.len() as u64, messages);
+    }
+
+    /// `side` has ended, in that way.
+    pub fn end(&self, side: Side, how: How) {
+        lock(&self.state).sensor.end(side, how, Instant::now());
+    }
+
+    /// This service has failed it.
+    pub fn fail(&self) {
+        lock(&self.state)
+            .sensor
+            .end_by(Ender::Dispatch, How::Error, Instant::now());
+    }
+
+    /// As [`Sensor::left_in_frame`].
+    pub fn left_in_frame(&self, side: Side) -> usize {
+        lock(&self.state).sensor.left_in_frame(side)
+    }
+
+    /// As [`Sensor::nothing_under_way`].
+    pub fn nothing_under_way(&self, written: u64) -> bool {
+        lock(&self.state).sensor.nothing_under_way(written)
+    }
+
+    /// The order to end, if there is one; else `reader` is woken when it comes.
+    pub fn order_or_wake(&self, reader: &Waker) -> Option<Order> {
+        let mut state = lock(&self.state);
+        if state.order.is_none()
+            && !state
+                .reader
+                .as_ref()
+                .is_some_and(|known| known.will_wake(reader))
+        {
+            state.reader = Some(reader.clone());
+        }
+        state.order
+    }
+
+    /// Orders the tunnel to end.
+    fn give(&self, order: Order) {
+        let mut state = lock(&self.state);
+        if state.order.is_none() {
+            state.order = Some(order);
+            state
+                .sensor
+                .end_by(Ender::Dispatch, order.how(), Instant::now());
+        }
+        if let Some(reader) = state.reader.take() {
+            reader.wake();
+        }
+    }
+
+    /// Writes the record, if it has not been written yet.
+    fn close_books(&self) {
+        let (facts, order, gap) = {
+            let mut state = lock(&self.state);
+            if std::mem::replace(&mut state.recorded, true) {
+                return;
+            }
+            if ending() {
+                // Dropped by a runtime that shuts down: nobody else ended it.
+                state
+                    .sensor
+                    .end_by(Ender::Dispatch, How::Shutdown, Instant::now());
+            }
+            (state.sensor.facts(Instant::now()), state.order, state.gap)
+        };
+        let record = Record::new(&self.about, &facts, order, gap);
+        if facts.opened && record.cause != Cause::Graceful {
+            let mut gaps = lock(&GAPS);
+            gaps.retain(|_, at| at.elapsed() < GAP);
+            gaps.insert(
+                (self.about.user.clone(), self.about.ip.clone()),
+                Instant::now(),
+            );
+        }
+        events::tunnel_closed(&record);
+    }
+}
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        lock(&LIVE).remove(&self.key);
+        self.close_books();
+    }
+}
+
+fn live() -> Vec<Arc<Tunnel>> {
+    lock(&LIVE).values().filter_map(Weak::upgrade).collect()
+}
+
+/// Number of tunnels, open or asked for.
+pub fn count() -> usize {
+    lock(&LIVE).len()
+}
+
+/// Orders every tunnel to end of which `lost` says that its person has lost the instance.
+pub fn revoke(lost: impl Fn(&str, &Arc<Instance>) -> bool) {
+    for tunnel in live() {
+        if lost(&tunnel.about.user, &tunnel.about.instance) {
+            tunnel.give(Order::Revoked);
+        }
+    }
+}
+
+static ENDING: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+
+fn ending() -> bool {
+    ENDING.load(Ordering::Acquire)
+}
+
+/// Orders every tunnel to end because this process does.
+pub fn end_all() {
+    ENDING.store(true, Ordering::Release);
+    for tunnel in live() {
+        tunnel.give(Order::Shutdown);
+    }
+}
+
+/// Writes the records of the tunnels that are still there. The process is about to exit.
+pub fn close_all_books() {
+    ENDING.store(true, Ordering::Release);
+    for tunnel in live() {
+        tunnel.close_books();
+    }
+}
+
+/// What is left of a tunnel: a line of the ledger.
+#[derive(Debug, Clone, Serialize)]
+pub struct Record {
+    /// When it ended, RFC 3339 in UTC.
+    pub time: String,
+    /// Who had it.
+    pub user: String,
+    /// The instance's OS user.
+    pub os_user: String,
+    /// The instance's port.
+    pub port: u16,
+    /// The client's address.
+    pub ip: String,
+    /// The addresses it came over, the client's first, our own peer's last.
+    pub chain: Vec<String>,
+    /// The request's ID.
+    pub id: String,
+    /// From the request to the end, in milliseconds.
+    pub dur_ms: u64,
+    /// Why it ended.
+    pub cause: Cause,
+    /// Who ended it first; absent where nobody was seen to.
+    pub ended_by: Option<Ender>,
+    /// How.
+    pub how: Option<How>,
+    /// The code of the Close frame that was first, of whichever side.
+    pub code: Option<u16>,
+    /// Whether it had been open: false for one that the instance refused.
+    pub opened: bool,
+    /// What the client sent.
+    pub client: SentRecord,
+    /// What the instance sent.
+    pub instance: SentRecord,
+    /// For how long the oldest client message had waited for anything from the instance, in milliseconds.
+    pub unanswered_ms: Option<u64>,
+    /// Seconds since the same user's last tunnel from the same address ended badly.
+    pub ws_gap_seconds: Option<f64>,
+}
+
+/// What one side sent, in a [`Record`].
+#[derive(Debug, Clone, Serialize)]
+pub struct SentRecord {
+    /// Bytes, frame heads included.
+    pub bytes: u64,
+    /// Data messages.
+    pub messages: u64,
+    /// The longest time without a byte.
+    pub longest_silence_ms: u64,
+    /// The time without a byte at the end.
+    pub silence_ms: u64,
+    /// Whether it ended within a frame.
+    pub mid_frame: bool,
+}
+
+impl Record {
+    fn new(about: &About, facts: &Facts, order: Option<Order>, gap: Option<Duration>) -> Record {
+        let sent = |sent: &super::Sent| SentRecord {
+            bytes: sent.bytes,
+            messages: sent.messages,
+            longest_silence_ms: millis(sent.longest_silence),
+            silence_ms: millis(sent.silence),
+            mid_frame: sent.mid_frame,
+        };
+        let code = match facts.first {
+            Some((Ender::Client, How::Close)) => facts.client.close_code,
+            Some((Ender::Instance, How::Close)) => facts.instance.close_code,
+            Some((Ender::Dispatch, _)) => order.map(Order::code),
+            _ => None,
+        };
+        Record {
+            time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+            user: about.user.clone(),
+            os_user: about.instance.os_user.to_string(),
+            port: about.instance.port,
+            ip: about.ip.clone(),
+            chain: about.chain.clone(),
+            id: about.id.clone(),
+            dur_ms: millis(facts.duration),
+            cause: cause(facts),
+            ended_by: facts.first.map(|(ender, _)| ender),
+            how: facts.first.map(|(_, how)| how),
+            code,
+            opened: facts.opened,
+            client: sent(&facts.client),
+            instance: sent(&facts.instance),
+            unanswered_ms: facts.unanswered.map(millis),
+            ws_gap_seconds: gap.map(|gap| gap.as_secs_f64()),
+        }
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The addresses that a request came over: what the edges forwarded, then our own peer. What is no address is left out.
+pub fn chain(forwarded: &http::HeaderMap, peer: Option<IpAddr>) -> Vec<String> {
+    let told = forwarded
+        .get_all("x-forwarded-for")
+        .iter()
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+        .filter_map(|one| std::str::from_utf8(one).ok()?.trim().parse::<IpAddr>().ok());
+    told.chain(peer)
+        .map(|ip| ip.to_canonical().to_string())
+        .collect()
+}

@@ -1,0 +1,121 @@
+//! An instance whose WebSockets the test drives byte by byte, and a client that it drives likewise.
+
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+
+use super::frames::Frame;
+use super::http::{self, Client, Head};
+
+/// Answers everything but WebSockets like an instance that knows the session `t3_session=x`.
+pub struct RawInstance {
+    pub port: u16,
+    upgraded: mpsc::UnboundedReceiver<TcpStream>,
+}
+
+impl RawInstance {
+    pub async fn start() -> RawInstance {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (tell, upgraded) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let tell = tell.clone();
+                tokio::spawn(async move {
+                    let _ = stream.set_nodelay(true);
+                    let mut client = Client {
+                        stream,
+                        unread: Vec::new(),
+                    };
+                    loop {
+                        let Some((head, length)) = Head::parse(&client.unread) else {
+                            match client.stream.read_buf(&mut client.unread).await {
+                                Ok(0) | Err(_) => return,
+                                Ok(_) => continue,
+                            }
+                        };
+                        client.unread.drain(..length);
+                        if head.get("upgrade").is_some() {
+                            let switch = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n";
+                            client.send(switch).await.unwrap();
+                            let _ = tell.send(client.stream);
+                            return;
+                        }
+                        let body = "{\"authenticated\":true,\"auth\":{\"sessionCookieName\":\"t3_session\"}}";
+                        let answer = format!(
+                            "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}",
+                            body.len()
+                        );
+                        if client.send(answer).await.is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+        });
+        RawInstance { port, upgraded }
+    }
+
+    /// The instance's end of the WebSocket that was opened next.
+    pub async fn next(&mut self) -> TcpStream {
+        self.upgraded.recv().await.unwrap()
+    }
+}
+
+/// Asks for a WebSocket as `user`'s browser does behind the edge, and gives the status of the answer.
+pub async fn ask(address: SocketAddr, user: &str, headers: &[(&str, &str)]) -> (u16, Client) {
+    let mut client = Client::connect(address).await.unwrap();
+    let mut all = vec![
+        ("X-authentik-username", user),
+        ("Connection", "Upgrade"),
+        ("Upgrade", "websocket"),
+        ("Sec-WebSocket-Version", "13"),
+        ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
+    ];
+    if !headers.iter().any(|(name, _)| *name == "Cookie") {
+        all.push(("Cookie", "t3_session=x"));
+    }
+    all.extend(headers);
+    client
+        .send(http::head("GET", "/ws", &all, 0))
+        .await
+        .unwrap();
+    let (status, _) = client.read_head().await.unwrap();
+    (status, client)
+}
+
+/// A WebSocket that is open.
+pub async fn open(address: SocketAddr, user: &str) -> TcpStream {
+    let (status, client) = ask(address, user, &[]).await;
+    assert_eq!(status, 101);
+    client.stream
+}
+
+/// The mask of every frame that tests send as clients.
+pub const MASK: Option<[u8; 4]> = Some([7, 7, 7, 7]);
+
+/// Closes the connection with a reset.
+pub fn reset(stream: TcpStream) {
+    rustix::net::sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).unwrap();
+    drop(stream);
+}
+
+/// Sends `text` one way and waits for it on the other side.
+pub async fn say(from: &mut TcpStream, to: &mut TcpStream, text: &str, mask: Option<[u8; 4]>) {
+    Frame::text(text).write(from, mask).await.unwrap();
+    assert_eq!(Frame::read(to).await.unwrap(), Frame::text(text));
+}
+
+/// Everything that still comes, up to the end.
+pub async fn rest(stream: &mut TcpStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let _ = stream.read_to_end(&mut bytes).await;
+    bytes
+}
+
+/// Writes raw bytes.
+pub async fn write(stream: &mut TcpStream, bytes: &[u8]) {
+    stream.write_all(bytes).await.unwrap();
+}
