@@ -200,10 +200,8 @@ fn whole(what: impl Into<String>) -> Fault {
 impl Dispatch {
     fn read(mut section: Section<'_>) -> Dispatch {
         let dispatch = Dispatch {
-            listen: section.take("listen", ["0.0.0.0:3780"], |text: Vec<String>| {
-                text.iter().map(|one| address(one)).collect()
-            }),
-            admin: section.take("admin", "127.0.0.1:3781", |text: String| address(&text)),
+            listen: section.take_list("listen", &["0.0.0.0:3780"], address),
+            admin: section.take("admin", "127.0.0.1:3781", address),
             table: section.take("table", "/etc/t3-serve/dispatch.json", |path: PathBuf| {
                 filled(path, |path| path.as_os_str().is_empty(), "a path")
             }),
@@ -212,10 +210,10 @@ impl Dispatch {
                 let mut section = section.section("identity");
                 let identity = Identity {
                     header: section.take("header", "X-authentik-username", header_name),
-                    trusted_proxies: section.take(
+                    trusted_proxies: section.take_list(
                         "trusted_proxies",
-                        ["127.0.0.0/8", "::1/128"],
-                        |text: Vec<String>| text.iter().map(|one| network(one)).collect(),
+                        &["127.0.0.0/8", "::1/128"],
+                        network,
                     ),
                 };
                 section.finish();
@@ -245,15 +243,10 @@ impl Dispatch {
                         },
                     ),
                     mint_timeout: section.take("mint_timeout", "10s", duration),
-                    endpoints: section.take(
+                    endpoints: section.take_list(
                         "endpoints",
-                        ["/api/auth/browser-session", "/api/auth/bootstrap"],
-                        |paths: Vec<String>| {
-                            filled(paths, Vec::is_empty, "at least one path")?
-                                .into_iter()
-                                .map(path)
-                                .collect()
-                        },
+                        &["/api/auth/browser-session", "/api/auth/bootstrap"],
+                        path,
                     ),
                     exchange_timeout: section.take("exchange_timeout", "10s", duration),
                     max_concurrent: section.take("max_concurrent", 2, at_least_one),
@@ -265,11 +258,7 @@ impl Dispatch {
             tunnels: {
                 let mut section = section.section("tunnels");
                 let tunnels = Tunnels {
-                    allowed_origins: section.take(
-                        "allowed_origins",
-                        Vec::<String>::new(),
-                        |origins: Vec<String>| origins.into_iter().map(origin).collect(),
-                    ),
+                    allowed_origins: section.take_list("allowed_origins", &[], origin),
                     ledger: section.take(
                         "ledger",
                         "/var/lib/t3-dispatch/closes.jsonl",
@@ -285,17 +274,29 @@ impl Dispatch {
                 tunnels
             },
         };
-        if dispatch.listen.is_empty() {
+        if dispatch.listen.is_empty() && !section.is_faulty("listen") {
             section.fault("listen", "is empty: name at least one address to listen on");
         }
-        if dispatch.listen.contains(&dispatch.admin) {
-            section.fault(
-                "admin",
-                format!(
-                    "{} is also in dispatch.listen: give it an address of its own",
-                    dispatch.admin
-                ),
+        if dispatch.pairing.endpoints.is_empty() && !section.is_faulty("pairing.endpoints") {
+            section.fault("pairing.endpoints", "is empty: write at least one path");
+        }
+        for (position, address) in dispatch.listen.iter().enumerate() {
+            let earlier = &dispatch.listen[..position];
+            if let Some(other) = earlier.iter().find(|other| overlap(address, other)) {
+                let what = format!("{address} is taken by {other} already: leave one of them out");
+                section.fault(&format!("listen[{position}]"), what);
+            }
+        }
+        if let Some(other) = dispatch
+            .listen
+            .iter()
+            .find(|other| overlap(&dispatch.admin, other))
+        {
+            let what = format!(
+                "{} is taken by {other} in dispatch.listen: give it a port of its own",
+                dispatch.admin
             );
+            section.fault("admin", what);
         }
         section.finish();
         dispatch
@@ -361,6 +362,30 @@ impl<'a> Section<'a> {
                 read(&default).expect("a default is a valid setting")
             }
         }
+    }
+
+    /// The meaning of a list, each of whose faults is told by its place.
+    fn take_list<T>(
+        &mut self,
+        key: &'static str,
+        default: &[&str],
+        meaning: impl Fn(String) -> Result<T, String>,
+    ) -> Vec<T> {
+        let texts: Vec<String> = self.take(key, default, Ok);
+        let mut meant = Vec::new();
+        for (position, text) in texts.into_iter().enumerate() {
+            match meaning(text) {
+                Ok(one) => meant.push(one),
+                Err(what) => self.fault(&format!("{key}[{position}]"), what),
+            }
+        }
+        meant
+    }
+
+    /// Whether a fault in `key` or in a part of it has been told.
+    fn is_faulty(&self, key: &str) -> bool {
+        let key = format!("{}.{key}", self.path);
+        self.faults.iter().any(|fault| fault.key.starts_with(&key))
     }
 
     fn fault(&mut self, key: &str, what: impl Into<String>) {
@@ -441,15 +466,24 @@ fn plain(key: &Value) -> String {
     key.as_str().map_or_else(|| shown(key), str::to_owned)
 }
 
-fn address(text: &str) -> Result<SocketAddr, String> {
-    text.parse().map_err(|_| {
-        format!(
+fn address(text: String) -> Result<SocketAddr, String> {
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.port() != 0 => Ok(address),
+        _ => Err(format!(
             "{text:?} is not an IP address with a port: write for example 0.0.0.0:3780 or [::]:3780"
-        )
-    })
+        )),
+    }
 }
 
-fn network(text: &str) -> Result<IpNet, String> {
+/// Whether both cannot be listened on at once. An unspecified IPv6 address takes IPv4 too.
+fn overlap(a: &SocketAddr, b: &SocketAddr) -> bool {
+    let covers = |one: &SocketAddr, other: &SocketAddr| {
+        one.ip().is_unspecified() && (one.is_ipv6() || other.is_ipv4())
+    };
+    a.port() == b.port() && (a.ip() == b.ip() || covers(a, b) || covers(b, a))
+}
+
+fn network(text: String) -> Result<IpNet, String> {
     text.parse::<IpNet>()
         .or_else(|_| text.parse().map(|one: std::net::IpAddr| IpNet::from(one)))
         .map_err(|_| format!("{text:?} is not a network: write for example 10.0.0.0/8 or ::1/128"))
@@ -465,7 +499,22 @@ fn duration(text: String) -> Result<Duration, String> {
 }
 
 fn header_name(text: String) -> Result<HeaderName, String> {
-    HeaderName::try_from(&text).map_err(|_| format!("{text:?} is not a header name"))
+    // These have a meaning of their own, or never reach us as they were sent.
+    const NEVER: [&str; 7] = [
+        "connection",
+        "content-length",
+        "cookie",
+        "host",
+        "te",
+        "transfer-encoding",
+        "upgrade",
+    ];
+    match HeaderName::try_from(&text) {
+        Ok(name) if !NEVER.contains(&name.as_str()) => Ok(name),
+        _ => Err(format!(
+            "{text:?} is not the name of a header that can name people"
+        )),
+    }
 }
 
 fn path(text: String) -> Result<String, String> {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use async_trait::async_trait;
-use http::{HeaderValue, StatusCode, header};
+use http::{HeaderValue, StatusCode, Version, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::HttpPeer;
 use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
@@ -17,13 +17,12 @@ use crate::events::{self, Outcome};
 use crate::forward;
 use crate::gate::how;
 use crate::identity::{IdentityError, client, who};
-use crate::instance::Caller;
-use crate::pair::{Paired, Pairer};
+use crate::instance::{Caller, address};
+use crate::pair::Pairer;
 use crate::probe::echo;
 use crate::refuse::{Refusal, answer};
 use crate::session::{
-    Verdict, accepts_html, asked_lately, has_session_cookie, is_document_navigation, read_check,
-    session_cookies,
+    Verdict, accepts_html, has_session_cookie, is_document_navigation, read_check, session_cookies,
 };
 use crate::table::{Instance, Tables, unique};
 use crate::tunnel::live::{self, About, Tunnel};
@@ -32,8 +31,11 @@ use crate::tunnel::{How, Side};
 /// How long a client's unused connection is kept. Pingora would keep it for ever after its first request.
 const KEEPALIVE_SECONDS: u64 = 75;
 
-/// The dispatcher: everything that outlives a request.
-pub struct Dispatcher {
+/// The dispatcher, as Pingora calls it.
+pub struct Dispatcher(Arc<Inner>);
+
+/// Everything that outlives a request.
+struct Inner {
     settings: Dispatch,
     tables: Arc<Tables>,
     caller: Arc<Caller>,
@@ -79,14 +81,16 @@ impl Dispatcher {
     pub fn new(settings: Dispatch, tables: Arc<Tables>) -> Dispatcher {
         let caller = Arc::new(Caller::default());
         let pairer = Pairer::new(settings.pairing.clone(), caller.clone());
-        Dispatcher {
+        Dispatcher(Arc::new(Inner {
             settings,
             tables,
             caller,
             pairer,
-        }
+        }))
     }
+}
 
+impl Inner {
     /// Who asks, and the instance that is theirs.
     fn find(
         &self,
@@ -118,10 +122,15 @@ impl Dispatcher {
     }
 
     /// Whether the request comes with a session, as far as anybody can tell.
-    async fn has_session(&self, request: &RequestHeader, instance: &Instance) -> bool {
-        self.learn_cookie_name(instance).await;
+    async fn has_session(
+        self: &Arc<Self>,
+        request: &RequestHeader,
+        instance: &Arc<Instance>,
+    ) -> bool {
+        let silent = self.learn_cookie_name(instance).await;
         let headers = &request.headers;
-        if !is_document_navigation(&request.method, headers) {
+        // An instance that has just not answered one question need not be asked another.
+        if silent || !is_document_navigation(&request.method, headers) {
             return has_session_cookie(headers, &instance.cookie);
         }
         let mut asked = None;
@@ -139,16 +148,27 @@ impl Dispatcher {
         false
     }
 
-    /// Asks the instance for the name of its session cookie, unless it has said so already.
-    async fn learn_cookie_name(&self, instance: &Instance) {
+    /// Learns the name of the instance's session cookie, unless it is known. The first question is waited for; gives
+    /// whether that was just now, and in vain.
+    async fn learn_cookie_name(self: &Arc<Self>, instance: &Arc<Instance>) -> bool {
         if instance.cookie.known().is_some() {
-            return;
+            return false;
         }
-        let mut failed = instance.cookie.failed.lock().await;
-        if instance.cookie.known().is_none() && !asked_lately(*failed) {
-            self.check(instance, None).await;
-            *failed = instance.cookie.known().is_none().then(Instant::now);
+        let mut asked_now = false;
+        let first = instance.cookie.first.get_or_init(|| {
+            asked_now = true;
+            instance.cookie.ask_again();
+            async {
+                self.check(instance, None).await;
+            }
+        });
+        first.await;
+        let unknown = instance.cookie.known().is_none();
+        if unknown && !asked_now && instance.cookie.ask_again() {
+            let (dispatcher, instance) = (self.clone(), instance.clone());
+            tokio::spawn(async move { dispatcher.check(&instance, None).await });
         }
+        unknown && asked_now
     }
 
     /// Asks the instance about a session, and listens for the name of its cookie.
@@ -193,25 +213,24 @@ impl Dispatcher {
     ) -> Result<bool> {
         let outcome = self.pairer.pair(user, instance).await;
         // Pairing takes seconds, in which the table may have taken the instance away.
-        let still = self.is_still(user, instance);
-        match &*outcome {
-            _ if !still => refuse(session, ctx, Refusal::UnknownUser, Some(user)).await,
-            Ok(paired) => {
-                ctx.outcome = Some(Outcome::Paired);
-                answer(session, redirect(paired)?, bytes::Bytes::new()).await?;
-                Ok(true)
-            }
-            Err(error) => refuse(session, ctx, error.refusal(), Some(user)).await,
-        }
+        let cookies = match (self.tables.current().get(user), &*outcome) {
+            (None, _) => return refuse(session, ctx, Refusal::UnknownUser, Some(user)).await,
+            // The person has another instance by now: the browser comes back for that one's cookie.
+            (Some(now), _) if !Arc::ptr_eq(now, instance) => &[][..],
+            (_, Ok(paired)) => &paired.set_cookies,
+            (_, Err(error)) => return refuse(session, ctx, error.refusal(), Some(user)).await,
+        };
+        ctx.outcome = Some(Outcome::Paired);
+        answer(session, redirect(cookies)?, bytes::Bytes::new()).await?;
+        Ok(true)
     }
 }
-
 /// The redirect to the workspace that carries the fresh session cookie.
-fn redirect(paired: &Paired) -> Result<ResponseHeader> {
+fn redirect(cookies: &[HeaderValue]) -> Result<ResponseHeader> {
     let mut header = ResponseHeader::build(StatusCode::FOUND, Some(4))?;
     header.insert_header(header::LOCATION, "/")?;
     header.insert_header(header::CACHE_CONTROL, "no-store")?;
-    for line in &paired.set_cookies {
+    for line in cookies {
         header.append_header(header::SET_COOKIE, line)?;
     }
     Ok(header)
@@ -311,6 +330,9 @@ impl ProxyHttp for Dispatcher {
         }
         // Neither an upload that pauses nor a silent WebSocket is ended by us.
         session.set_read_timeout(None);
+        // HTTP/1.0 knows no interim responses.
+        let old = session.req_header().version < Version::HTTP_11;
+        session.set_ignore_info_resp(old);
         if forward::is_websocket(session.req_header()) {
             session.set_pipelining_enabled(false);
         } else {
@@ -322,6 +344,9 @@ impl ProxyHttp for Dispatcher {
     }
 
     async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> Result<bool> {
+        if forward::lacks_host(session.req_header()) {
+            return refuse(session, ctx, Refusal::BadRequest, None).await;
+        }
         if matches!(
             session.req_header().uri.path(),
             "/healthz" | "/probe/healthz"
@@ -331,24 +356,24 @@ impl ProxyHttp for Dispatcher {
         }
         if session.req_header().uri.path() == "/probe/ws" {
             ctx.outcome = Some(Outcome::Probe);
-            return self.probe(session, ctx).await;
+            return self.0.probe(session, ctx).await;
         }
-        let (user, instance) = match self.find(session) {
+        let (user, instance) = match self.0.find(session) {
             Ok(found) => found,
             Err((refusal, user)) => return refuse(session, ctx, refusal, user.as_deref()).await,
         };
         let upgrade = session.is_upgrade_req();
-        let origins = &self.settings.tunnels.allowed_origins;
+        let origins = &self.0.settings.tunnels.allowed_origins;
         if upgrade && !forward::is_origin_allowed(&session.req_header().headers, origins) {
             return refuse(session, ctx, Refusal::CrossOrigin, Some(&user)).await;
         }
-        if !self.has_session(session.req_header(), &instance).await {
-            return self.pair(session, ctx, &user, &instance).await;
+        if !self.0.has_session(session.req_header(), &instance).await {
+            return self.0.pair(session, ctx, &user, &instance).await;
         }
         if upgrade {
             ctx.tunnel = Some(Tunnel::new(about(session, &user, &instance)));
             // The table may have changed while the session was looked for, and such a tunnel would escape the revocation.
-            if !self.is_still(&user, &instance) {
+            if !self.0.is_still(&user, &instance) {
                 return refuse(session, ctx, Refusal::UnknownUser, Some(&user)).await;
             }
         }
@@ -371,8 +396,14 @@ impl ProxyHttp for Dispatcher {
         &self,
         session: &mut Session,
         request: &mut RequestHeader,
-        _ctx: &mut Ctx,
+        ctx: &mut Ctx,
     ) -> Result<()> {
+        // A client of HTTP/1.0 need not name a host, but an instance wants one.
+        if let Some((_, instance)) = &ctx.found
+            && !request.headers.contains_key(header::HOST)
+        {
+            request.insert_header(header::HOST, address(instance.port).to_string())?;
+        }
         forward::request_head(request, client_ip(session))
     }
 
@@ -382,7 +413,18 @@ impl ProxyHttp for Dispatcher {
         response: &mut ResponseHeader,
         ctx: &mut Ctx,
     ) -> Result<()> {
-        forward::response_head(response, session.req_header().version);
+        let version = session.req_header().version;
+        forward::response_head(response, version);
+        if response.status == StatusCode::SWITCHING_PROTOCOLS
+            && !(ctx.tunnel.is_some() && forward::switches_to_websocket(response))
+        {
+            return Error::e_explain(ErrorType::InvalidHTTPHeader, "a 101 that nobody asked for")
+                .map_err(|error: Box<Error>| error.into_up());
+        }
+        // Such a body ends with the connection, which Pingora finds out only after it has promised to keep it.
+        if version < Version::HTTP_11 && !response.headers.contains_key(header::CONTENT_LENGTH) {
+            session.set_keepalive(None);
+        }
         if let Some(tunnel) = &ctx.tunnel {
             match response.status {
                 StatusCode::SWITCHING_PROTOCOLS => tunnel.open(),
@@ -455,7 +497,9 @@ impl ProxyHttp for Dispatcher {
                 | ErrorType::SocketError
                 | ErrorType::BindError,
             ) => Refusal::InstanceUnreachable,
-            (ErrorSource::Upstream, ErrorType::ReadTimedout) => Refusal::InstanceSilent,
+            (ErrorSource::Upstream, _) if how_it_broke(error) == How::Timeout => {
+                Refusal::InstanceSilent
+            }
             (ErrorSource::Upstream, _) => Refusal::InstanceFailed,
             _ => Refusal::Internal,
         };

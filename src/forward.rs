@@ -13,17 +13,19 @@ use pingora::protocols::http::authority::{RawTargetAuthority, raw_target_authori
 
 use crate::gate::GatedConnect;
 use crate::instance::{IDLE, peer};
+use crate::refuse::ERROR_HEADER;
 use crate::table::{Instance, unique};
 use crate::tunnel::live::Tunnel;
 
 /// Headers that belong to one connection (RFC 9110, section 7.6.1), as far as Pingora leaves them in a response.
-const HOP_BY_HOP: [&str; 6] = [
+const HOP_BY_HOP: [&str; 7] = [
     "keep-alive",
     "proxy-connection",
     "proxy-authenticate",
     "te",
     "trailer",
     "upgrade",
+    "proxy-authorization",
 ];
 
 /// Whether the request asks for a WebSocket (RFC 6455, section 4.1) and nothing else: such a request alone may turn
@@ -38,6 +40,20 @@ pub fn is_websocket(request: &RequestHeader) -> bool {
         && headers
             .get(header::CONTENT_LENGTH)
             .is_none_or(|length| length == "0")
+}
+
+/// Whether an HTTP/1.1 request does not say which host it is for (RFC 9112, section 3.2).
+pub fn lacks_host(request: &RequestHeader) -> bool {
+    let absolute = matches!(
+        raw_target_authority(request.raw_path()),
+        RawTargetAuthority::Absolute { .. }
+    );
+    request.version == Version::HTTP_11 && !absolute && !request.headers.contains_key(header::HOST)
+}
+
+/// Whether a 101 says that what follows is a WebSocket.
+pub fn switches_to_websocket(response: &ResponseHeader) -> bool {
+    has_token(&response.headers, header::UPGRADE, "websocket")
 }
 
 fn has_token(headers: &HeaderMap, name: HeaderName, token: &str) -> bool {
@@ -159,6 +175,8 @@ pub fn request_head(request: &mut RequestHeader, client: Option<IpAddr>) -> Resu
 
 /// Readies the head of a response for the client, which spoke `version`.
 pub fn response_head(response: &mut ResponseHeader, version: Version) {
+    // A proxy speaks its own version, whatever the instance speaks (RFC 9110, section 6.2).
+    response.set_version(Version::HTTP_11);
     if response.status == StatusCode::SWITCHING_PROTOCOLS {
         return;
     }
@@ -176,6 +194,8 @@ pub fn response_head(response: &mut ResponseHeader, version: Version) {
     if version < Version::HTTP_11 {
         response.remove_header(&header::TRANSFER_ENCODING);
     }
+    // It tells whose answer a refusal is, so it must be ours.
+    response.remove_header(ERROR_HEADER);
 }
 
 #[cfg(test)]

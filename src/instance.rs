@@ -71,7 +71,7 @@ impl Caller {
             let mut kept = peer(instance.port, instance.generation);
             kept.options.idle_timeout = Some(IDLE);
             let (session, reused) = self.connector.get_http_session(&kept).await?;
-            match exchange(session, &request, b"").await {
+            match exchange(session, &request).await {
                 Ok((answer, session)) => {
                     self.connector
                         .release_http_session(session, &kept, kept.options.idle_timeout)
@@ -79,7 +79,13 @@ impl Caller {
                     Ok(answer)
                 }
                 // The instance may have closed the kept connection at that very moment.
-                Err(_) if reused => self.call_once(instance.port, &request, b"").await,
+                Err(_) if reused => {
+                    let (session, _) = self
+                        .connector
+                        .get_http_session(&peer(instance.port, unique()))
+                        .await?;
+                    Ok(exchange(session, &request).await?.0)
+                }
                 Err(error) => Err(error),
             }
         })
@@ -87,24 +93,24 @@ impl Caller {
     }
 
     /// Posts `body` as JSON, over a connection of its own: a credential must not be lost to a connection that the
-    /// instance is about to close.
+    /// instance is about to close. The answer's head is all that counts, so its body is left unread.
     ///
     /// # Errors
-    /// When there is no whole answer, or it is longer than 256 KiB.
+    /// When there is no answer.
     pub async fn post_json(&self, instance: &Instance, path: &str, body: &[u8]) -> Result<Answer> {
         let mut request = request(Method::POST, path, instance.port)?;
         request.insert_header(header::CONTENT_TYPE, "application/json")?;
         request.insert_header(header::CONTENT_LENGTH, body.len())?;
-        self.call_once(instance.port, &request, body).await
-    }
-
-    async fn call_once(&self, port: u16, request: &RequestHeader, body: &[u8]) -> Result<Answer> {
-        let (session, _) = self
+        let (mut session, _) = self
             .connector
-            .get_http_session(&peer(port, unique()))
+            .get_http_session(&peer(instance.port, unique()))
             .await?;
-        let (answer, _) = exchange(session, request, body).await?;
-        Ok(answer)
+        let (status, headers) = ask(&mut session, &request, body).await?;
+        Ok(Answer {
+            status,
+            headers,
+            body: Vec::new(),
+        })
     }
 }
 
@@ -137,11 +143,12 @@ fn request(method: Method, path: &str, port: u16) -> Result<RequestHeader> {
     Ok(request)
 }
 
-async fn exchange(
-    mut session: HttpSession,
+/// Sends a request, and reads the head of the answer.
+async fn ask(
+    session: &mut HttpSession,
     request: &RequestHeader,
     body: &[u8],
-) -> Result<(Answer, HttpSession)> {
+) -> Result<(StatusCode, HeaderMap)> {
     session
         .write_request_header(Box::new(request.clone()))
         .await?;
@@ -149,7 +156,7 @@ async fn exchange(
         session.write_body(body).await?;
     }
     session.finish_body().await?;
-    let (status, headers) = loop {
+    loop {
         session.read_response().await?;
         let head = session.resp_header().ok_or_else(|| {
             Error::explain(
@@ -158,9 +165,17 @@ async fn exchange(
             )
         })?;
         if !head.status.is_informational() {
-            break (head.status, head.headers.clone());
+            return Ok((head.status, head.headers.clone()));
         }
-    };
+    }
+}
+
+/// Sends a request without a body, and reads the whole answer.
+async fn exchange(
+    mut session: HttpSession,
+    request: &RequestHeader,
+) -> Result<(Answer, HttpSession)> {
+    let (status, headers) = ask(&mut session, request, b"").await?;
     let mut body = Vec::new();
     while let Some(chunk) = session.read_body_bytes().await? {
         if body.len() + chunk.len() > BODY_LIMIT {

@@ -1,7 +1,7 @@
 //! Pairing: mint a credential as the OS user, exchange it at the instance, and relay the cookie.
 //!
 //! A mint costs a second of CPU and a quarter of a gigabyte, so it is bounded three ways: one at a time per user,
-//! `max_concurrent` in all, and so many a minute for one user. Requests that come while a pairing of the same person
+//! `max_concurrent` in all, and so many a minute for one user, failures included. Requests that come while a pairing of the same person
 //! is under way share its outcome: a browser that restores fifty tabs mints once.
 
 use std::collections::{HashMap, VecDeque};
@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use http::{HeaderValue, StatusCode, header};
+use rustix::process::Pid;
 use serde_json::Value;
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, Command};
@@ -145,8 +146,10 @@ pub type Outcome = Arc<Result<Paired, PairError>>;
 struct Turns {
     /// Tells the outcome of the pairing that is under way, if one is.
     running: Option<watch::Receiver<Option<Outcome>>>,
-    /// When the pairings of the last minute succeeded.
+    /// When the mints of the last minute began.
     recent: VecDeque<Instant>,
+    /// How the last one failed, if it did.
+    failure: Option<PairError>,
 }
 
 impl Turns {
@@ -154,14 +157,20 @@ impl Turns {
         self.recent.retain(|at| at.elapsed() < MINUTE);
     }
 
-    /// Seconds until another pairing is allowed, if it is not allowed now.
-    fn too_often(&mut self, allowed: usize) -> Option<u64> {
+    /// What to say instead of minting once more, if that would be too much: a failure stays what it was, and after a
+    /// success it is the browser that comes back without its cookie.
+    fn too_often(&mut self, allowed: usize) -> Option<PairError> {
         self.forget_old();
         let oldest = *self
             .recent
             .front()
             .filter(|_| self.recent.len() >= allowed)?;
-        Some(MINUTE.saturating_sub(oldest.elapsed()).as_secs() + 1)
+        let again_in = MINUTE.saturating_sub(oldest.elapsed()).as_secs() + 1;
+        Some(
+            self.failure
+                .clone()
+                .unwrap_or(PairError::TooOften { again_in }),
+        )
     }
 }
 
@@ -224,8 +233,8 @@ impl Pairer {
         {
             return Ok(running.clone());
         }
-        if let Some(again_in) = turns.too_often(self.settings.per_user_per_minute) {
-            return Err(PairError::TooOften { again_in });
+        if let Some(error) = turns.too_often(self.settings.per_user_per_minute) {
+            return Err(error);
         }
         let (tell, told) = watch::channel(None);
         turns.running = Some(told.clone());
@@ -258,7 +267,9 @@ impl Pairer {
         let mut all = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
         let turns = all.entry(whose).or_default();
         turns.running = None;
-        if outcome.is_ok() {
+        turns.failure = outcome.as_ref().err().cloned();
+        // What did not get its turn has not minted.
+        if !matches!(outcome, Err(PairError::Busy)) {
             turns.recent.push_back(Instant::now());
         }
         all.retain(|_, turns| {
@@ -312,25 +323,15 @@ impl Pairer {
             .kill_on_drop(true)
             .spawn()
             .map_err(|error| PairError::Mint(format!("could not be started: {error}")))?;
-        let group = Group::of(&child);
+        let mut group = Group::of(&child);
         let limit = self.settings.mint_timeout;
-        let result = tokio::time::timeout(limit, collect(&mut child)).await;
-        match result {
-            Ok(Ok((output, closed))) => {
-                if !closed {
-                    group.kill();
-                }
-                Ok(output)
-            }
-            Ok(Err(error)) => {
-                group.kill();
-                Err(error)
-            }
-            Err(_) => {
-                group.kill();
-                Err(PairError::Mint(format!("ran for more than {limit:?}")))
-            }
+        let (output, closed) = tokio::time::timeout(limit, collect(&mut child))
+            .await
+            .unwrap_or_else(|_| Err(PairError::Mint(format!("ran for more than {limit:?}"))))?;
+        if closed {
+            group.forget();
         }
+        Ok(output)
     }
 
     /// Takes the credential to the instance's pairing endpoints, the preferred one first. One that is absent in the
@@ -344,25 +345,29 @@ impl Pairer {
         credential: Credential,
     ) -> Result<Paired, PairError> {
         let body = serde_json::json!({ "credential": credential.0 }).to_string();
-        let limit = self.settings.exchange_timeout;
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + self.settings.exchange_timeout;
         let mut last = String::new();
         for (position, endpoint) in self.endpoints.iter().enumerate() {
             let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
             let answer = match within(
                 left,
                 self.caller.post_json(instance, endpoint, body.as_bytes()),
             )
             .await
             {
-                Ok(answer) if answer.status == StatusCode::NOT_FOUND => {
-                    last = "404 at every endpoint".into();
-                    continue;
-                }
-                Ok(answer) => answer,
-                Err(error) => {
-                    // Only the kind of error: its context may quote what the instance sent.
-                    last = error.etype().as_str().into();
+                Ok(answer) if answer.status != StatusCode::NOT_FOUND => answer,
+                outcome => {
+                    // Of an error only its kind: its context may quote what the instance sent.
+                    let why = outcome
+                        .as_ref()
+                        .map_or_else(|error| error.etype().as_str(), |_| "404");
+                    last = format!(
+                        "{last}{}{why} at {endpoint}",
+                        if position > 0 { ", " } else { "" }
+                    );
                     continue;
                 }
             };
@@ -431,21 +436,55 @@ async fn collect(child: &mut Child) -> Result<(BytesMut, bool), PairError> {
     }
 }
 
-/// The process group of a mint command.
-struct Group(Option<rustix::process::Pid>);
+/// The process groups of the mint commands that run, to be ended with this process.
+static RUNNING: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
+
+/// The process group of a mint command. Dropping it ends whatever is left of it, unless it is known to be empty.
+struct Group(Option<Pid>);
 
 impl Group {
     fn of(child: &Child) -> Group {
-        let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
-        Group(pid.and_then(rustix::process::Pid::from_raw))
+        let pid = child
+            .id()
+            .and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+        RUNNING
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .extend(pid);
+        Group(pid)
     }
 
-    fn kill(&self) {
-        if let Some(group) = self.0 {
-            // Under sudo the group belongs to root and cannot be killed from here; `t3-mint` ends itself in time.
-            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+    /// Takes note that no process of the group is left, so that its number may belong to others by now.
+    fn forget(&mut self) -> Option<Pid> {
+        let group = self.0.take()?;
+        RUNNING
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|running| *running != group);
+        Some(group)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(group) = self.forget() {
+            kill(group);
         }
     }
+}
+
+fn kill(group: Pid) {
+    // Under sudo the group belongs to root and cannot be killed from here; `t3-mint` ends itself in time.
+    let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+}
+
+/// Ends every mint command that runs. The process is about to exit.
+pub fn end_mints() {
+    RUNNING
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .drain(..)
+        .for_each(kill);
 }
 
 /// Why the mint command cannot be run, if that can be told without running it. Under sudo the command that sudo is to

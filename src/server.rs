@@ -24,6 +24,7 @@ use crate::dispatch::{Dispatcher, requests_in_flight};
 use crate::events;
 use crate::forward::keepalive;
 use crate::ledger::{self, Ledger};
+use crate::pair::end_mints;
 use crate::table::{TableError, Tables, Watcher};
 use crate::tunnel::live;
 use crate::upgrade::{self, Handover, Keeper, Message, UpgradeError};
@@ -108,12 +109,14 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
             .listen
             .iter()
             .map(|address| ("dispatch.listen", *address));
+        let mut held = Vec::new();
         for (key, address) in listen.chain([("dispatch.admin", dispatch.admin)]) {
-            std::net::TcpListener::bind(address).map_err(|error| ServeError::Listen {
+            let tried = std::net::TcpListener::bind(address);
+            held.push(tried.map_err(|error| ServeError::Listen {
                 key,
                 address,
                 error,
-            })?;
+            })?);
         }
     }
     if dispatch.tunnels.per_user_metrics {
@@ -356,7 +359,7 @@ impl ShutdownSignalWatch for Signals {
                     }
                 }
                 _ = signals.terminate.recv() => {
-                    self.terminate();
+                    self.terminate(signals);
                     return ShutdownSignal::GracefulTerminate;
                 }
                 _ = signals.interrupt.recv() => {
@@ -436,18 +439,25 @@ impl Signals {
                     _ = signals.user2.recv() => {}
                 }
             }
-            end_tunnels(term_grace).await;
+            tokio::select! {
+                () = end_tunnels(term_grace) => {}
+                _ = signals.interrupt.recv() => {}
+            }
             exit();
         });
     }
 
-    /// Ends the process: requests in flight may end, tunnels are closed.
-    fn terminate(&self) {
+    /// Ends the process: requests in flight may end, tunnels are closed. Whoever asks again does not want to wait.
+    fn terminate(&self, mut signals: Listening) {
         PHASE.send_replace(Phase::Leaving);
         upgrade::notify(NotifyState::Stopping);
         let grace = self.term_grace;
         tokio::spawn(async move {
-            end_tunnels(grace).await;
+            tokio::select! {
+                () = end_tunnels(grace) => {}
+                _ = signals.terminate.recv() => {}
+                _ = signals.interrupt.recv() => {}
+            }
             exit();
         });
     }
@@ -463,8 +473,9 @@ async fn end_tunnels(grace: Duration) {
     }
 }
 
-/// Writes the records of what is still there.
+/// Ends what would outlive the process, and writes the records of what is still there.
 fn last_words() {
+    end_mints();
     live::close_all_books();
     ledger::flush(LAST_RECORDS);
 }

@@ -1,7 +1,7 @@
 //! Is there a session? From the request's kind, its cookies and the instance's answer to proxy or pair: a pure core.
 
 use std::borrow::Cow;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
@@ -22,8 +22,10 @@ const ASK_AGAIN: Duration = Duration::from_secs(2);
 #[derive(Debug, Default)]
 pub struct CookieName {
     known: ArcSwapOption<String>,
-    /// When asking failed last; held while somebody asks, so that others wait for that answer.
-    pub(crate) failed: tokio::sync::Mutex<Option<Instant>>,
+    /// Set by the first question, which everybody waits for.
+    pub(crate) first: tokio::sync::OnceCell<()>,
+    /// When the instance was asked last; nobody waits for the later questions.
+    asked: Mutex<Option<Instant>>,
 }
 
 impl CookieName {
@@ -44,6 +46,16 @@ impl CookieName {
         }
     }
 
+    /// Whether it is time to ask again, which is then to be done.
+    pub fn ask_again(&self) -> bool {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = asked.is_none_or(|at| at.elapsed() >= ASK_AGAIN);
+        if due {
+            *asked = Some(Instant::now());
+        }
+        due
+    }
+
     /// Whether a cookie of that name counts as a session cookie. While the name is unknown every name that an instance
     /// may use counts, so that a restart of either side never costs a working session.
     pub fn counts(&self, name: &str) -> bool {
@@ -54,11 +66,6 @@ impl CookieName {
     }
 }
 
-/// Whether asking failed so recently that it is not worth asking again yet.
-pub fn asked_lately(failed: Option<Instant>) -> bool {
-    failed.is_some_and(|at| at.elapsed() < ASK_AGAIN)
-}
-
 fn may_be_session(name: &str) -> bool {
     name == PLAIN_NAME || name.starts_with(NAME_PREFIX)
 }
@@ -67,7 +74,10 @@ fn may_be_session(name: &str) -> bool {
 /// because a session died: the web UI's own calls need the instance's own answer.
 pub fn is_document_navigation(method: &Method, headers: &HeaderMap) -> bool {
     method == Method::GET
-        && match headers.get("sec-fetch-dest") {
+        && match headers
+            .get("sec-fetch-dest")
+            .filter(|dest| !dest.is_empty())
+        {
             Some(dest) => dest == "document",
             None => accepts_html(headers),
         }

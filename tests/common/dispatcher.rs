@@ -102,16 +102,22 @@ impl Setup {
             child,
             base: self.base,
             ip: self.ip,
-            log,
+            log: log.clone(),
         };
         let address = dispatcher.address();
+        // It answers a moment before everything about it is in place.
+        let started = || {
+            std::fs::read_to_string(&log)
+                .unwrap()
+                .contains(" started version=")
+        };
         let healthy = async || {
             http::request(address, "GET", "/healthz", &[], b"")
                 .await
                 .is_ok()
         };
         let until = Instant::now() + Duration::from_secs(20);
-        while !healthy().await {
+        while !(healthy().await && started()) {
             let running = dispatcher.child.try_wait().unwrap().is_none();
             assert!(
                 running && Instant::now() < until,

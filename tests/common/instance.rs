@@ -43,6 +43,10 @@ pub struct Vices {
     pub silent: bool,
     /// Answers the session check with this status and body.
     pub check_says: Option<(u16, String)>,
+    /// Never answers a session check.
+    pub check_hangs: bool,
+    /// Answers an ordinary request with a 101 that nobody asked for.
+    pub switches_unasked: bool,
     /// Breaks the connection off at a session check.
     pub check_breaks: bool,
     /// Answers an exchange with this status, whatever the credential.
@@ -297,6 +301,10 @@ impl Shared {
         }
         let (method, target) = (head.method(), head.target());
         let path = target.split('?').next().unwrap_or_default();
+        if vices.switches_unasked {
+            client.send("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\nDATA").await?;
+            return Ok(Next::Close);
+        }
         if head.get("upgrade").is_some() {
             return self.upgrade(client, head, path).await;
         }
@@ -339,6 +347,9 @@ impl Shared {
     }
 
     async fn session(&self, client: &mut Client, head: &Head, vices: &Vices) -> io::Result<Next> {
+        if vices.check_hangs {
+            std::future::pending::<()>().await;
+        }
         if vices.check_breaks {
             return Ok(Next::Close);
         }

@@ -331,6 +331,40 @@ async fn sigterm_lets_requests_in_flight_end() {
     );
 }
 
+/// Whoever asks a second time does not want to wait.
+#[tokio::test]
+async fn a_second_signal_ends_the_wait() {
+    for second in [Signal::TERM, Signal::INT] {
+        let mut world = World::with(|mut setup| {
+            setup.top["grace_period_seconds"] = json!(3600);
+            setup
+        })
+        .await;
+        let session = world.alice.new_session();
+        let headers = [
+            ("X-authentik-username", "alice"),
+            ("Cookie", session.as_str()),
+        ];
+        let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
+        client
+            .send(http::head("GET", "/__test/slow?600000", &headers, 0))
+            .await
+            .unwrap();
+        wait_for("request at the instance", async || {
+            !world.alice.seen_at("/__test/slow").is_empty()
+        })
+        .await;
+        world.dispatcher.signal(Signal::TERM);
+        let address = world.dispatcher.address();
+        wait_for("end of listening", async || {
+            Client::connect(address).await.is_err()
+        })
+        .await;
+        world.dispatcher.signal(second);
+        world.dispatcher.exited().await;
+    }
+}
+
 #[tokio::test]
 async fn sigint_ends_at_once_and_sigquit_with_nobody_waiting_ends_nothing() {
     let mut world = World::new().await;
@@ -462,14 +496,11 @@ async fn several_addresses_may_be_listened_on() {
         .await
         .unwrap();
     assert_eq!(reply.text(), "ok\n");
-    assert_eq!(
-        world
-            .dispatcher
-            .logged(&format!(
-                "listen={}:3780,{second}:3790",
-                world.dispatcher.ip
-            ))
-            .len(),
-        1
-    );
+    world
+        .dispatcher
+        .wait_for_log(&format!(
+            "listen={}:3780,{second}:3790",
+            world.dispatcher.ip
+        ))
+        .await;
 }

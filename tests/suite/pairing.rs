@@ -200,7 +200,12 @@ async fn the_os_user_is_the_last_argument() {
 
 #[tokio::test]
 async fn an_exchange_that_fails() {
-    let world = World::with(|setup| setup.set("pairing.exchange_timeout", "400ms")).await;
+    let world = World::with(|setup| {
+        setup
+            .set("pairing.exchange_timeout", "400ms")
+            .set("pairing.per_user_per_minute", 100)
+    })
+    .await;
     let first_visit = async || world.dispatcher.get("alice", "/", &[]).await;
     for status in [400, 401, 403, 415, 500, 503, 201, 302] {
         world.alice.set(|vices| vices.exchange_says = Some(status));
@@ -238,7 +243,6 @@ async fn an_exchange_that_fails() {
         "bootstrap request failed",
     );
     world.alice.set(|vices| vices.silent = false);
-    // Failures do not use up the pairings of a minute.
     assert_eq!(first_visit().await.status, 302);
 
     world.alice.kill().await;
@@ -483,4 +487,133 @@ async fn a_visitor_who_leaves_harms_nobody() {
     drop(leaving);
     assert_eq!(world.dispatcher.get("alice", "/", &[]).await.status, 302);
     assert_eq!(world.mints(), 1);
+}
+
+/// A credential that was taken is not taken a second time: the head of a 200 is all that counts.
+#[tokio::test]
+async fn a_200_is_a_200_whatever_its_body() {
+    for rest in [
+        "Content-Length: 100\r\n\r\nshort",
+        "\r\nand so on",
+        "Content-Length: 9999999\r\n\r\n",
+    ] {
+        let base = tempfile::TempDir::new().unwrap();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (tell, mut posted) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            let mut held = Vec::new();
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut request = vec![0; 4096];
+                let length = tokio::io::AsyncReadExt::read(&mut stream, &mut request)
+                    .await
+                    .unwrap_or(0);
+                let request = String::from_utf8_lossy(&request[..length]).into_owned();
+                if request.starts_with("POST") {
+                    tell.send(request).unwrap();
+                    let answer =
+                        format!("HTTP/1.1 200 OK\r\nSet-Cookie: t3_session=p.s; Path=/\r\n{rest}");
+                    let _ =
+                        tokio::io::AsyncWriteExt::write_all(&mut stream, answer.as_bytes()).await;
+                    held.push(stream);
+                }
+            }
+        });
+        let dispatcher = Setup::new(base.path(), mint::working(base.path()))
+            .user("alice", "alice", port)
+            .start()
+            .await;
+        let reply = dispatcher.get("alice", "/", &[]).await;
+        assert_eq!(
+            (reply.status, reply.cookies()),
+            (302, vec!["t3_session=p.s".to_owned()]),
+            "{rest:?}"
+        );
+        assert!(
+            posted
+                .recv()
+                .await
+                .unwrap()
+                .starts_with("POST /api/auth/browser-session ")
+        );
+        assert!(posted.try_recv().is_err());
+    }
+}
+
+/// Failures cost mints too: after six in a minute the same answer is given without another one.
+#[tokio::test]
+async fn failures_are_bounded_as_well() {
+    let world = World::new().await;
+    world.alice.set(|vices| vices.exchange_says = Some(401));
+    for _ in 0..20 {
+        let reply = world.dispatcher.get("alice", "/", &[]).await;
+        assert_refused(&reply, 502, "bootstrap-rejected", "bootstrap rejected");
+    }
+    assert_eq!(world.mints(), 6);
+    assert_eq!(world.dispatcher.get("bob", "/", &[]).await.status, 302);
+}
+
+/// The person has another instance by the time the pairing is done: the browser comes back for that one's cookie.
+#[tokio::test]
+async fn a_person_moved_while_pairing_is_sent_on_without_a_cookie() {
+    let world = World::with(|setup| {
+        let slow = mint::slow(&setup.base, 2.0);
+        setup.set("pairing.mint", slow)
+    })
+    .await;
+    let address = world.dispatcher.address();
+    let visit = tokio::spawn(async move {
+        http::request(
+            address,
+            "GET",
+            "/",
+            &[("X-authentik-username", "alice")],
+            b"",
+        )
+        .await
+        .unwrap()
+    });
+    wait_for("mint", async || world.mints() == 1).await;
+    world.dispatcher.write_table(
+        &serde_json::json!({ "alice": { "os_user": "bob", "port": world.bob.port() } }),
+    );
+    let reply = visit.await.unwrap();
+    assert_eq!(
+        (reply.status, reply.get("location"), reply.cookies().len()),
+        (302, Some("/"), 0)
+    );
+    let reply = world.dispatcher.get("alice", "/", &[]).await;
+    assert_eq!((reply.status, reply.cookies().len()), (302, 1));
+}
+
+/// A mint command does not outlive the service that asked for it.
+#[tokio::test]
+async fn a_mint_command_ends_with_the_service() {
+    let mut world = World::with(|setup| {
+        let script = mint::script(
+            &setup.base,
+            "mint-hangs",
+            "echo \"start $user\" >> \"$base/mints\"\nsleep 7306.25",
+        );
+        setup
+            .set("pairing.mint", script)
+            .set("pairing.mint_timeout", "60s")
+    })
+    .await;
+    let address = world.dispatcher.address();
+    let visit = tokio::spawn(async move {
+        let _ = http::request(
+            address,
+            "GET",
+            "/",
+            &[("X-authentik-username", "alice")],
+            b"",
+        )
+        .await;
+    });
+    wait_for("mint", async || world.mints() == 1 && alive("7306.25")).await;
+    world.dispatcher.signal(rustix::process::Signal::INT);
+    world.dispatcher.exited().await;
+    wait_for("end of the mint's processes", async || !alive("7306.25")).await;
+    visit.await.unwrap();
 }

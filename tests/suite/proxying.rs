@@ -697,3 +697,43 @@ async fn no_websocket_is_lost_right_after_it_opened() {
         );
     }
 }
+
+#[tokio::test]
+async fn a_101_that_nobody_asked_for_is_a_502() {
+    let (world, session) = signed_in().await;
+    world.alice.set(|vices| vices.switches_unasked = true);
+    for headers in [
+        &[][..],
+        &[("Upgrade", "websocket")],
+        &[("Upgrade", "h2c"), ("Connection", "Upgrade")],
+    ] {
+        let headers = [&[("Cookie", session.as_str())], headers].concat();
+        let reply = world.dispatcher.get("alice", "/ws", &headers).await;
+        assert_eq!(
+            (reply.status, reply.get("x-t3-dispatch-error")),
+            (502, Some("instance-failed"))
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_request_names_its_host() {
+    let (world, session) = signed_in().await;
+    let ask = async |line: &str| {
+        let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
+        let head = format!("{line}\r\nX-authentik-username: alice\r\nCookie: {session}\r\n\r\n");
+        client.send(head).await.unwrap();
+        client.read_reply("GET").await.unwrap()
+    };
+    let reply = ask("GET /x HTTP/1.1").await;
+    assert_eq!(
+        (reply.status, reply.get("x-t3-dispatch-error")),
+        (400, Some("bad-request"))
+    );
+    assert_eq!(ask("GET /__test/next HTTP/1.0").await.status, 200);
+    let seen = world.alice.seen().last().unwrap().head.clone();
+    assert_eq!(
+        seen.get("host"),
+        Some(format!("127.0.0.1:{}", world.alice.port()).as_str())
+    );
+}

@@ -1,1 +1,372 @@
+//! A new process takes over without a socket or a request lost, or nothing happens at all.
 
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+use crate::common::dispatcher::{Dispatcher, Setup, program, wait_for};
+use crate::common::frames::Frame;
+use crate::common::http;
+use crate::common::instance::{Instance, Version};
+use crate::common::mint;
+use crate::common::raw::{MASK, ask, rest};
+use crate::world::World;
+
+/// What `t3-dispatch reload` said, and whether it was content.
+async fn reload(conf: &Path) -> (bool, String) {
+    let mut command = program();
+    command.args(["reload", "-c"]).arg(conf);
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap())
+        .await
+        .unwrap();
+    let said =
+        String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
+    (output.status.success(), said)
+}
+
+/// The process that has taken over, which is nobody's child here.
+struct Successor(Pid);
+
+impl Successor {
+    async fn of(conf: &Path) -> Successor {
+        let (taken, said) = reload(conf).await;
+        assert!(taken, "{said}");
+        let pid = said
+            .split_whitespace()
+            .nth(1)
+            .and_then(|pid| pid.parse().ok())
+            .and_then(Pid::from_raw);
+        Successor(pid.unwrap_or_else(|| panic!("{said}")))
+    }
+
+    fn is_alive(&self) -> bool {
+        let path = format!("/proc/{}/stat", self.0.as_raw_nonzero());
+        let stat = std::fs::read_to_string(path).unwrap_or_default();
+        !stat.is_empty() && !stat.contains(") Z ")
+    }
+
+    async fn gone(&self) {
+        wait_for("end of the process", async || !self.is_alive()).await;
+    }
+}
+
+impl Drop for Successor {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::KILL);
+    }
+}
+
+/// A socket of alice's through whoever listens now.
+async fn socket(world: &World, session: &str) -> TcpStream {
+    let (status, client) = ask(world.dispatcher.address(), "alice", &[("Cookie", session)]).await;
+    assert_eq!(status, 101);
+    client.stream
+}
+
+async fn echo(stream: &mut TcpStream, text: &str) {
+    Frame::text(text).write(stream, MASK).await.unwrap();
+    assert_eq!(Frame::read(stream).await.unwrap(), Frame::text(text));
+}
+
+async fn close(mut stream: TcpStream) {
+    Frame::close(1000).write(&mut stream, MASK).await.unwrap();
+    assert_eq!(Frame::read(&mut stream).await.unwrap(), Frame::close(1000));
+    stream.shutdown().await.unwrap();
+    rest(&mut stream).await;
+}
+
+/// Three upgrades leave four processes, each with its own socket. Each ends with its last one.
+#[tokio::test]
+async fn a_chain_of_upgrades() {
+    let mut world = World::new().await;
+    let session = world.alice.new_session();
+    let conf = world.base().join("t3-dispatch.yaml");
+    let mut sockets = vec![socket(&world, &session).await];
+    let mut successors = Vec::new();
+    for _ in 0..3 {
+        successors.push(Successor::of(&conf).await);
+        sockets.push(socket(&world, &session).await);
+    }
+    assert!(world.dispatcher.child.try_wait().unwrap().is_none());
+    assert!(successors.iter().all(Successor::is_alive));
+    for (position, socket) in sockets.iter_mut().enumerate() {
+        echo(socket, &format!("socket {position}")).await;
+    }
+    // They end in any order, each process with its own.
+    let mut sockets: Vec<Option<TcpStream>> = sockets.into_iter().map(Some).collect();
+    close(sockets[1].take().unwrap()).await;
+    successors[0].gone().await;
+    assert!(world.dispatcher.child.try_wait().unwrap().is_none() && successors[1].is_alive());
+    close(sockets[0].take().unwrap()).await;
+    assert!(world.dispatcher.exited().await.success());
+    echo(sockets[2].as_mut().unwrap(), "still here").await;
+    close(sockets[2].take().unwrap()).await;
+    successors[1].gone().await;
+    echo(sockets[3].as_mut().unwrap(), "me too").await;
+    assert!(successors[2].is_alive());
+    // One record each, all in one ledger.
+    close(sockets[3].take().unwrap()).await;
+    let records = world.dispatcher.wait_for_records(4).await;
+    assert!(
+        records.iter().all(|record| record["cause"] == "graceful"),
+        "{records:#?}"
+    );
+}
+
+/// Whatever keeps a new process from serving, the old one goes on as if nothing had been asked, and says so.
+#[tokio::test]
+async fn a_new_process_that_cannot_serve_changes_nothing() {
+    let mut world = World::new().await;
+    let session = world.alice.new_session();
+    let mut held = socket(&world, &session).await;
+    let conf = world.base().join("t3-dispatch.yaml");
+    let table = world.base().join("dispatch.json");
+    let good = (
+        std::fs::read_to_string(&conf).unwrap(),
+        std::fs::read_to_string(&table).unwrap(),
+    );
+    let settings = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut settings: serde_json::Value = serde_json::from_str(&good.0).unwrap();
+        change(&mut settings);
+        std::fs::write(&conf, settings.to_string()).unwrap();
+    };
+    let mut failures = 0;
+    let mut refused = async |what: &str| {
+        let (taken, said) = reload(&conf).await;
+        assert!(!taken && said.contains(what), "{said}");
+        failures += 1;
+        failures
+    };
+    // Settings that cannot be used: told before anybody is asked.
+    settings(&|settings| settings["dispatch"]["listne"] = json!(1));
+    refused("dispatch.listne: is not a key here").await;
+    // A table that cannot be used.
+    std::fs::write(&conf, &good.0).unwrap();
+    std::fs::write(&table, "[]").unwrap();
+    refused("the new process ended before it served (exit status: 1)").await;
+    std::fs::write(&table, &good.1).unwrap();
+    // An address that is somebody else's.
+    let taken = tokio::net::TcpListener::bind((world.dispatcher.ip, 3799))
+        .await
+        .unwrap();
+    settings(&|settings| settings["dispatch"]["admin"] = json!(taken.local_addr().unwrap()));
+    refused("the running process goes on as before").await;
+    drop(taken);
+    std::fs::write(&conf, &good.0).unwrap();
+    assert!(world.dispatcher.child.try_wait().unwrap().is_none());
+    assert!(world.dispatcher.logged("upgrade-failed serving=on").len() >= 2);
+    echo(&mut held, "still here").await;
+    assert_eq!(
+        world.dispatcher.navigate("alice", &session).await.status,
+        200
+    );
+    // And the next one that can serve takes over.
+    let successor = Successor::of(&conf).await;
+    assert_eq!(
+        world.dispatcher.navigate("alice", &session).await.status,
+        200
+    );
+    echo(&mut held, "still the same").await;
+    close(held).await;
+    assert!(world.dispatcher.exited().await.success());
+    assert!(successor.is_alive());
+}
+
+/// A new process that dies in its first seconds, after it had the sockets, takes nothing with it.
+#[tokio::test]
+async fn a_new_process_that_dies_at_once_changes_nothing() {
+    let mut world = World::new().await;
+    let session = world.alice.new_session();
+    let conf = world.base().join("t3-dispatch.yaml");
+    // A stand-in for the new process: it takes the sockets, says that it serves, and is gone.
+    let taker = tokio::net::UnixListener::bind(world.base().join("upgrade.sock")).unwrap();
+    world.dispatcher.signal(Signal::QUIT);
+    let (mut sockets, _) = taker.accept().await.unwrap();
+    let mut addresses = String::new();
+    tokio::io::AsyncReadExt::read_to_string(&mut sockets, &mut addresses)
+        .await
+        .unwrap();
+    assert!(
+        addresses.contains(&world.dispatcher.address().to_string()),
+        "{addresses}"
+    );
+    let control = world.base().join("upgrade.sock.control");
+    let mut word = tokio::net::UnixStream::connect(control).await.unwrap();
+    word.write_all(b"ready 4711\n").await.unwrap();
+    drop(word);
+    world
+        .dispatcher
+        .wait_for_log("upgrade-failed serving=on error=\"the new process was gone again")
+        .await;
+    assert_eq!(
+        world.dispatcher.navigate("alice", &session).await.status,
+        200
+    );
+    assert!(world.dispatcher.child.try_wait().unwrap().is_none());
+    let _successor = Successor::of(&conf).await;
+    assert!(world.dispatcher.exited().await.success());
+}
+
+#[tokio::test]
+async fn nobody_there_to_reload_is_told() {
+    let base = TempDir::new().unwrap();
+    let conf = Setup::new(base.path(), vec!["/bin/true".into()]).write();
+    let (taken, said) = reload(&conf).await;
+    assert!(!taken);
+    assert!(
+        said.contains("no t3-dispatch listens at") && said.contains("upgrade.sock.control"),
+        "{said}"
+    );
+}
+
+/// Changed settings are in force, and a process that was replaced still follows the table.
+#[tokio::test]
+async fn a_replaced_process_still_follows_the_table() {
+    let mut world = World::new().await;
+    let session = world.alice.new_session();
+    let mut held = socket(&world, &session).await;
+    let conf = world.base().join("t3-dispatch.yaml");
+    let mut settings: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&conf).unwrap()).unwrap();
+    settings["dispatch"]["identity"] = json!({ "header": "Remote-User" });
+    std::fs::write(&conf, settings.to_string()).unwrap();
+    let _successor = Successor::of(&conf).await;
+    assert_eq!(world.dispatcher.get("alice", "/", &[]).await.status, 403);
+    let headers = [("Remote-User", "alice"), ("Cookie", session.as_str())];
+    let reply = http::request(world.dispatcher.address(), "GET", "/", &headers, b"")
+        .await
+        .unwrap();
+    assert_eq!(reply.status, 200);
+    // Alice loses her instance: the old process, which has her socket, ends it.
+    world.dispatcher.write_table(&json!({}));
+    assert_eq!(Frame::read(&mut held).await.unwrap(), Frame::close(1008));
+    assert!(world.dispatcher.exited().await.success());
+}
+
+#[tokio::test]
+async fn sigterm_ends_a_replaced_process_too() {
+    let mut world = World::new().await;
+    let session = world.alice.new_session();
+    let mut held = socket(&world, &session).await;
+    let _successor = Successor::of(&world.base().join("t3-dispatch.yaml")).await;
+    world.dispatcher.signal(Signal::TERM);
+    assert_eq!(Frame::read(&mut held).await.unwrap(), Frame::close(1001));
+    assert!(world.dispatcher.exited().await.success());
+    assert_eq!(
+        world.dispatcher.wait_for_records(1).await[0]["cause"],
+        "dispatch_shutdown"
+    );
+}
+
+#[tokio::test]
+async fn a_replaced_process_leaves_at_its_limit() {
+    let mut world = World::with(|setup| setup.set("tunnels.drain_limit", "5s")).await;
+    let session = world.alice.new_session();
+    let mut held = socket(&world, &session).await;
+    let _successor = Successor::of(&world.base().join("t3-dispatch.yaml")).await;
+    echo(&mut held, "still here").await;
+    assert_eq!(Frame::read(&mut held).await.unwrap(), Frame::close(1001));
+    assert!(world.dispatcher.exited().await.success());
+}
+
+/// One person's traffic on a socket: numbered messages, each of which must come back in its order.
+async fn talk(mut stream: TcpStream, done: Arc<AtomicBool>, number: usize) -> usize {
+    let mut count = 0;
+    loop {
+        echo(&mut stream, &format!("{number}: message {count}")).await;
+        count += 1;
+        if done.load(Ordering::Relaxed) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    close(stream).await;
+    count
+}
+
+/// Five hundred sockets with traffic, requests all the while on kept and on new connections, a table that changes every
+/// second, and three upgrades: nothing lost, nothing reordered, and every record at the end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn five_hundred_sockets_across_three_upgrades() {
+    const SOCKETS: usize = 500;
+    let base = TempDir::new().unwrap();
+    let alice = Instance::start(&mint::home(base.path(), "alice"), Version::V0_0_24).await;
+    let setup =
+        Setup::new(base.path(), mint::working(base.path())).user("alice", "alice", alice.port());
+    let mut dispatcher: Dispatcher = setup.start().await;
+    let conf = base.path().join("t3-dispatch.yaml");
+    let session = alice.new_session();
+    let (address, done) = (dispatcher.address(), Arc::new(AtomicBool::new(false)));
+    let mut talks = tokio::task::JoinSet::new();
+    let mut successors = Vec::new();
+    for part in 0..4 {
+        for number in 0..SOCKETS / 4 {
+            let (status, client) = ask(address, "alice", &[("Cookie", &session)]).await;
+            assert_eq!(status, 101);
+            talks.spawn(talk(client.stream, done.clone(), part * 1000 + number));
+        }
+        if part == 0 {
+            let (done, session, port) = (done.clone(), session.clone(), alice.port());
+            let requests = Arc::new(AtomicUsize::new(0));
+            for kept in [true, false] {
+                let (done, session, requests) = (done.clone(), session.clone(), requests.clone());
+                talks.spawn(async move {
+                    let headers = [
+                        ("X-authentik-username", "alice"),
+                        ("Cookie", session.as_str()),
+                    ];
+                    let mut client = http::Client::connect(address).await.unwrap();
+                    while !done.load(Ordering::Relaxed) {
+                        let reply = client
+                            .request("POST", "/__test/echo", &headers, b"x")
+                            .await
+                            .unwrap();
+                        assert_eq!((reply.status, reply.body.as_slice()), (200, &b"x"[..]));
+                        requests.fetch_add(1, Ordering::Relaxed);
+                        if !kept || reply.get("connection") == Some("close") {
+                            client = http::Client::connect(address).await.unwrap();
+                        }
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                    }
+                    requests.load(Ordering::Relaxed)
+                });
+            }
+            let file = base.path().to_owned();
+            talks.spawn(async move {
+                let mut swaps = 0;
+                while !done.load(Ordering::Relaxed) {
+                    let table = json!({
+                        "alice": { "os_user": "alice", "port": port },
+                        format!("user{swaps}"): { "os_user": "bob", "port": 1 },
+                    });
+                    std::fs::write(file.join("dispatch.json.new"), table.to_string()).unwrap();
+                    std::fs::rename(file.join("dispatch.json.new"), file.join("dispatch.json"))
+                        .unwrap();
+                    swaps += 1;
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+                swaps
+            });
+        }
+        if part < 3 {
+            successors.push(Successor::of(&conf).await);
+        }
+    }
+    done.store(true, Ordering::Relaxed);
+    let counts = talks.join_all().await;
+    assert!(counts.iter().all(|count| *count > 0));
+    let records = dispatcher.wait_for_records(SOCKETS).await;
+    assert!(records.iter().all(|record| record["cause"] == "graceful"));
+    assert!(dispatcher.exited().await.success());
+    for successor in &successors[..2] {
+        successor.gone().await;
+    }
+    assert!(test_kill_process(successors[2].0).is_ok());
+}

@@ -330,3 +330,27 @@ async fn a_silent_instance_is_not_waited_for_beyond_the_limit() {
         1.0
     );
 }
+
+/// Only the first question about the cookie's name is waited for. While the instance does not answer it, requests go on.
+#[tokio::test]
+async fn a_check_that_hangs_holds_up_nobody_twice() {
+    let world = World::with(|setup| setup.set("session.check_timeout", "2s")).await;
+    world.alice.set(|vices| vices.check_hangs = true);
+    let cookie = [("Cookie", "t3_session_1_000000000000=x")];
+    assert_eq!(
+        world.dispatcher.navigate("alice", cookie[0].1).await.status,
+        200
+    );
+    // The navigation that has waited for the name is not made to wait for a check as well.
+    assert_eq!(world.alice.seen_at("/api/auth/session").len(), 1);
+    for _ in 0..30 {
+        let reply = world.dispatcher.get("alice", "/__test/next", &cookie);
+        let reply = tokio::time::timeout(std::time::Duration::from_millis(1500), reply).await;
+        assert_eq!(reply.expect("an answer at once").status, 200);
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    assert!(
+        world.alice.seen_at("/api/auth/session").len() >= 2,
+        "asked again meanwhile"
+    );
+}
