@@ -265,12 +265,8 @@ fn client_ip(session: &Session) -> Option<IpAddr> {
 
 /// How a connection broke, by the system's error at the root of Pingora's.
 fn how_it_broke(error: &Error) -> How {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<std::io::Error>() {
-            return how(error);
-        }
-        cause = error.source();
+    if let Some(error) = error.root_cause().downcast_ref::<std::io::Error>() {
+        return how(error);
     }
     match error.etype() {
         ErrorType::ReadTimedout | ErrorType::WriteTimedout => How::Timeout,

@@ -123,8 +123,12 @@ impl Handover {
             .await?;
         let mut word = String::new();
         BufReader::new(&mut old).read_line(&mut word).await?;
-        // Only a process that is in the background has such a file, and only the newest one's ID belongs in it.
-        if self.pid_file.exists() {
+        // A process in the background has left its ID in a file, where the newest one's belongs.
+        let predecessor = rustix::net::sockopt::socket_peercred(&old)?
+            .pid
+            .as_raw_nonzero()
+            .to_string();
+        if std::fs::read_to_string(&self.pid_file).is_ok_and(|pid| pid.trim() == predecessor) {
             std::fs::write(&self.pid_file, std::process::id().to_string())?;
         }
         if word == "go\n" {

@@ -370,3 +370,68 @@ async fn five_hundred_sockets_across_three_upgrades() {
     }
     assert!(test_kill_process(successors[2].0).is_ok());
 }
+
+/// What systemd is told (sd_notify(3)): that the service is ready, which process is the main one by now, and that it ends.
+#[tokio::test]
+async fn systemd_is_kept_informed() {
+    let base = TempDir::new().unwrap();
+    let setup = Setup::new(base.path(), mint::working(base.path()));
+    let systemd = tokio::net::UnixDatagram::bind(base.path().join("notify")).unwrap();
+    let told = async || {
+        let mut text = vec![0; 200];
+        let length = tokio::time::timeout(Duration::from_secs(20), systemd.recv(&mut text))
+            .await
+            .unwrap()
+            .unwrap();
+        String::from_utf8_lossy(&text[..length]).into_owned()
+    };
+    let conf = setup.write();
+    let mut command = program();
+    command
+        .args(["serve", "-c"])
+        .arg(&conf)
+        .env("NOTIFY_SOCKET", base.path().join("notify"));
+    let mut first = command.spawn().unwrap();
+    assert_eq!(told().await, "READY=1\n");
+    let successor = Successor::of(&conf).await;
+    // The new process says so itself as well, which systemd does not take from it and does not need.
+    let said = [told().await, told().await];
+    assert!(
+        said.contains(&format!("MAINPID={}\n", successor.0.as_raw_nonzero())),
+        "{said:?}"
+    );
+    kill_process(successor.0, Signal::TERM).unwrap();
+    assert_eq!(told().await, "STOPPING=1\n");
+    successor.gone().await;
+    first.wait().unwrap();
+}
+
+/// In the background, the file with the process ID names the newest process.
+#[tokio::test]
+async fn the_pid_file_follows() {
+    let base = TempDir::new().unwrap();
+    let mut setup = Setup::new(base.path(), mint::working(base.path()));
+    setup.top["error_log"] = json!(base.path().join("error.log"));
+    let conf = setup.write();
+    let mut command = program();
+    command.args(["serve", "-d", "-c"]).arg(&conf);
+    assert!(
+        tokio::task::spawn_blocking(move || command.status().unwrap())
+            .await
+            .unwrap()
+            .success()
+    );
+    wait_for("control socket", async || {
+        base.path().join("upgrade.sock.control").exists()
+    })
+    .await;
+    let pid = || {
+        let pid = std::fs::read_to_string(base.path().join("pid")).unwrap();
+        Pid::from_raw(pid.trim().parse().unwrap()).unwrap()
+    };
+    let first = Successor(pid());
+    let second = Successor::of(&conf).await;
+    assert_eq!(pid(), second.0);
+    first.gone().await;
+    assert!(second.is_alive());
+}

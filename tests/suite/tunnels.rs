@@ -798,3 +798,139 @@ trait ChainWithOwned {
 }
 
 impl ChainWithOwned for &[u8] {}
+
+#[tokio::test]
+async fn an_instance_that_is_killed_ends_its_tunnels() {
+    let world = crate::world::World::new().await;
+    let session = world.alice.new_session();
+    let mut clients = Vec::new();
+    for _ in 0..5 {
+        let (status, client) =
+            ask(world.dispatcher.address(), "alice", &[("Cookie", &session)]).await;
+        assert_eq!(status, 101);
+        clients.push(client.stream);
+    }
+    let crate::world::World {
+        dispatcher, alice, ..
+    } = world;
+    alice.kill().await;
+    for client in &mut clients {
+        assert!(rest(client).await.is_empty());
+    }
+    for record in dispatcher.wait_for_records(5).await {
+        assert_eq!(
+            (&record["cause"], &record["ended_by"]),
+            (&json!("upstream_closed"), &json!("instance")),
+            "{record:#}"
+        );
+    }
+}
+
+/// A host of its own on this machine, with a cable to us that can be pulled.
+struct Host {
+    name: String,
+}
+
+fn ip(words: &str) {
+    let done = std::process::Command::new("ip")
+        .args(words.split(' '))
+        .output()
+        .expect("ip, of iproute2");
+    let why = String::from_utf8_lossy(&done.stderr);
+    assert!(
+        done.status.success(),
+        "ip {words}: {why}(network namespaces need root)"
+    );
+}
+
+impl Host {
+    fn new() -> Host {
+        let name = format!("t3d{}", std::process::id());
+        ip(&format!("netns add {name}"));
+        let host = Host { name };
+        let (name, near, far) = (
+            &host.name,
+            format!("n{}", &host.name),
+            format!("f{}", &host.name),
+        );
+        ip(&format!(
+            "link add {near} type veth peer name {far} netns {name}"
+        ));
+        ip(&format!("addr add 10.213.77.1/30 dev {near}"));
+        ip(&format!("link set {near} up"));
+        ip(&format!("-n {name} addr add 10.213.77.2/30 dev {far}"));
+        ip(&format!("-n {name} link set {far} up"));
+        host
+    }
+
+    fn pull_the_cable(&self) {
+        ip(&format!("-n {0} link set f{0} down", self.name));
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("ip")
+            .args(["netns", "del", &self.name])
+            .status();
+    }
+}
+
+/// No FIN, no RST, nothing: a client that is gone is noticed within a minute, whether we are silent or sending.
+#[tokio::test]
+async fn a_pulled_cable_is_noticed_within_a_minute() {
+    let host = Host::new();
+    let mut place = Place::with(|mut setup| {
+        setup.ip = std::net::Ipv4Addr::new(10, 213, 77, 1);
+        setup
+            .set("listen", vec!["10.213.77.1:3780"])
+            .set("admin", "10.213.77.1:3781")
+            .set("identity.trusted_proxies", vec!["10.213.77.0/30"])
+    })
+    .await;
+    let script = "exec 3<>/dev/tcp/10.213.77.1/3780; printf 'GET /ws HTTP/1.1\\r\\nHost: a\\r\\nX-authentik-username:                   alice\\r\\nCookie: t3_session=x\\r\\nConnection: Upgrade\\r\\nUpgrade: websocket\\r\\n\\r\\n' >&3;                   cat <&3 > /dev/null";
+    let client = || {
+        let mut command = tokio::process::Command::new("ip");
+        command
+            .args(["netns", "exec", &host.name, "bash", "-c", script])
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap()
+    };
+    let _clients = [client(), client()];
+    let (_silent, mut sending) = (place.instance.next().await, place.instance.next().await);
+    Frame::text("hello")
+        .write(&mut sending, None)
+        .await
+        .unwrap();
+    wait_for("both tunnels", async || {
+        place.dispatcher.metric("t3dispatch_tunnels_open").await == 2.0
+    })
+    .await;
+    let start = std::time::Instant::now();
+    host.pull_the_cable();
+    Frame::text("is anybody there?")
+        .write(&mut sending, None)
+        .await
+        .unwrap();
+    while place.dispatcher.records().len() < 2 {
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "{:?}",
+            place.dispatcher.records()
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    for record in place.dispatcher.records() {
+        let told = [&record["cause"], &record["ended_by"], &record["how"]];
+        assert_eq!(
+            told,
+            [
+                &json!("downstream_closed"),
+                &json!("client"),
+                &json!("timeout")
+            ],
+            "{record:#}"
+        );
+    }
+}
