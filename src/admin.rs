@@ -10,7 +10,7 @@ use pingora::protocols::http::ServerSession;
 
 use crate::events;
 use crate::ledger::Ledger;
-use crate::pair::mint_fault;
+use crate::mint::mint_fault;
 
 /// Records that `/closes` gives where the query does not say, and at most.
 const RECORDS: usize = 100;

@@ -13,7 +13,8 @@ use tokio::task::JoinSet;
 
 use crate::config::{Dispatch, Settings};
 use crate::instance::{Caller, address};
-use crate::pair::{Pairer, mint_fault};
+use crate::mint::{mint, mint_fault};
+use crate::pair::Pairer;
 use crate::session::{Verdict, read_check};
 use crate::table::{Instance, Table};
 
@@ -117,11 +118,11 @@ pub fn run(conf: Option<&Path>, user: Option<&str>) -> Report {
         report.add("settings", Err(warning));
     }
     let dispatch = settings.dispatch;
-    let mint = dispatch.pairing.mint.join(" ");
+    let command = dispatch.pairing.mint.join(" ");
     report.add(
         "mint",
         match mint_fault(&dispatch.pairing.mint) {
-            None => Ok(mint),
+            None => Ok(command),
             Some(fault) => Err(format!("{fault} (dispatch.pairing.mint)")),
         },
     );
@@ -248,9 +249,9 @@ async fn pair(
         report.add("pair", Err(format!("{user} is not in the table")));
         return;
     };
-    let pairer = Pairer::new(dispatch.pairing, caller.clone());
+    let pairer = Pairer::new(dispatch.pairing.clone(), caller.clone());
     // What the mint command complains of is for the person at this terminal, and for no log.
-    let credential = match pairer.mint(&instance.os_user, Stdio::inherit()).await {
+    let credential = match mint(&dispatch.pairing, &instance.os_user, Stdio::inherit()).await {
         Ok(credential) => credential,
         Err(error) => return report.add("pair: mint", Err(error.to_string())),
     };

@@ -225,6 +225,7 @@ impl Inner {
         Ok(true)
     }
 }
+
 /// The redirect to the workspace that carries the fresh session cookie.
 fn redirect(cookies: &[HeaderValue]) -> Result<ResponseHeader> {
     let mut header = ResponseHeader::build(StatusCode::FOUND, Some(4))?;

@@ -5,13 +5,14 @@
 //! 1. [`identity`]: the socket peer and the headers say who is asking.
 //! 2. [`table`]: who is asking says which instance is theirs.
 //! 3. [`session`]: the request's kind, its cookies and the instance's answer say whether to proxy or to pair.
-//! 4. [`pair`]: mint a credential as the OS user, exchange it for the session cookie, relay that.
+//! 4. [`pair`]: a credential from [`mint`], exchanged for the session cookie, which is relayed to the browser.
 //! 5. [`instance`]: our own HTTP calls to an instance, for the session check and the exchange.
-//! 6. [`forward`]: the peer's options and the headers, out and back; Pingora does the rest. [`gate`] is the connection
-//!    under a WebSocket.
+//! 6. [`forward`]: the peer's options and the headers, out and back; Pingora does the rest.
+//! 7. [`tunnel`]: the sensor of one WebSocket; [`gate`] is the connection under it; [`close`] says why it ended.
 //!
-//! Beside the walk stand [`refuse`] (every answer that is a refusal), [`events`] (every log line and metric),
-//! [`config`] (settings), [`server`] (listeners and signals), [`admin`] (the operator's listener), [`check`] and [`cli`].
+//! Beside the walk stand [`refuse`] (every answer that is a refusal), [`events`] (every log line and metric), [`ledger`]
+//! (a line for each WebSocket that ended), [`probe`] (the echo), [`config`] (settings), [`server`] (listeners and signals),
+//! [`upgrade`] (handing over to a new process), [`admin`] (the operator's listener), [`check`] and [`cli`].
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
@@ -27,6 +28,7 @@ pub mod gate;
 pub mod identity;
 pub mod instance;
 pub mod ledger;
+pub mod mint;
 pub mod pair;
 pub mod probe;
 pub mod refuse;

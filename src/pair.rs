@@ -1,26 +1,21 @@
 //! Pairing: mint a credential as the OS user, exchange it at the instance, and relay the cookie.
 //!
 //! A mint costs a second of CPU and a quarter of a gigabyte, so it is bounded three ways: one at a time per user,
-//! `max_concurrent` in all, and so many a minute for one user, failures included. Requests that come while a pairing of the same person
-//! is under way share its outcome: a browser that restores fifty tabs mints once.
+//! `max_concurrent` in all, and so many a minute for one user, failures included. Requests that come while a pairing of
+//! the same person is under way share its outcome: a browser that restores fifty tabs mints once.
 
 use std::collections::{HashMap, VecDeque};
-use std::fmt;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
 use http::{HeaderValue, StatusCode, header};
-use rustix::process::Pid;
-use serde_json::Value;
-use tokio::io::AsyncReadExt;
-use tokio::process::{Child, Command};
 use tokio::sync::{Semaphore, watch};
 
 use crate::config::Pairing;
 use crate::events;
 use crate::instance::{Caller, within};
+use crate::mint::{Credential, MintError, mint};
 use crate::refuse::Refusal;
 use crate::session::session_cookie_set;
 use crate::table::Instance;
@@ -28,23 +23,8 @@ use crate::table::Instance;
 /// How long a pairing waits for its turn.
 const TURN: Duration = Duration::from_secs(20);
 
-/// Most that a mint command may print.
-const OUTPUT_LIMIT: usize = 64 * 1024;
-
-/// How long the output may stay open after the mint command has ended, held by a child that it left behind.
-const LEFT_OPEN: Duration = Duration::from_millis(100);
-
 /// The stretch in which pairings are counted against `per_user_per_minute`.
 const MINUTE: Duration = Duration::from_secs(60);
-
-/// A pairing credential. It is worth a session, so it shows itself to nobody.
-pub struct Credential(String);
-
-impl fmt::Debug for Credential {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Credential(…)")
-    }
-}
 
 /// What a pairing gave.
 pub struct Paired {
@@ -61,12 +41,9 @@ pub struct Paired {
 /// Why a pairing gave nothing.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum PairError {
-    /// The mint command could not be run, failed, or ran for too long.
-    #[error("the mint command {0}")]
-    Mint(String),
-    /// It printed something else than JSON with a credential.
-    #[error("the mint command printed {0}")]
-    Unparseable(&'static str),
+    /// There is no credential.
+    #[error(transparent)]
+    Mint(#[from] MintError),
     /// No endpoint could be reached, or all of them were absent.
     #[error("no pairing endpoint of the instance answered: {0}")]
     Unreachable(String),
@@ -102,8 +79,8 @@ impl PairError {
     /// The value of the label `result`.
     pub fn label(&self) -> &'static str {
         match self {
-            PairError::Mint(_) => "mint_failed",
-            PairError::Unparseable(_) => "mint_unparseable",
+            PairError::Mint(MintError::Failed(_)) => "mint_failed",
+            PairError::Mint(MintError::Unparseable(_)) => "mint_unparseable",
             PairError::Unreachable(_) => "bootstrap_failed",
             PairError::Rejected { .. } => "bootstrap_rejected",
             PairError::NoCookie { .. } => "bootstrap_no_cookie",
@@ -126,8 +103,8 @@ impl PairError {
     /// What the person is told.
     pub fn refusal(&self) -> Refusal {
         match self {
-            PairError::Mint(_) => Refusal::MintFailed,
-            PairError::Unparseable(_) => Refusal::MintUnparseable,
+            PairError::Mint(MintError::Failed(_)) => Refusal::MintFailed,
+            PairError::Mint(MintError::Unparseable(_)) => Refusal::MintUnparseable,
             PairError::Unreachable(_) => Refusal::BootstrapFailed,
             PairError::Rejected { .. } => Refusal::BootstrapRejected,
             PairError::NoCookie { .. } => Refusal::BootstrapNoCookie,
@@ -284,54 +261,8 @@ impl Pairer {
         let _place = place
             .map_err(|_| PairError::Busy)?
             .map_err(|_| PairError::Abandoned)?;
-        let credential = self.mint(&instance.os_user, Stdio::null()).await?;
+        let credential = mint(&self.settings, &instance.os_user, Stdio::null()).await?;
         self.exchange(instance, credential).await
-    }
-
-    /// Runs the mint command for `os_user`; what it writes to standard error goes to `complaints`.
-    ///
-    /// # Errors
-    /// When it cannot be run, fails, takes too long, or prints no credential.
-    pub async fn mint(&self, os_user: &str, complaints: Stdio) -> Result<Credential, PairError> {
-        let start = Instant::now();
-        let output = self.run_mint(os_user, complaints).await;
-        events::minted(start.elapsed());
-        let answer = serde_json::from_slice::<Value>(&output?)
-            .map_err(|_| PairError::Unparseable("something else than JSON"))?;
-        match answer.get("credential") {
-            Some(Value::String(credential)) if !credential.is_empty() => {
-                Ok(Credential(credential.clone()))
-            }
-            _ => Err(PairError::Unparseable("JSON without a credential")),
-        }
-    }
-
-    async fn run_mint(&self, os_user: &str, complaints: Stdio) -> Result<BytesMut, PairError> {
-        let (program, arguments) = self
-            .settings
-            .mint
-            .split_first()
-            .ok_or_else(|| PairError::Mint("is not set".into()))?;
-        let mut child = Command::new(program)
-            .args(arguments)
-            .arg(os_user)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(complaints)
-            // A group of its own, so that whatever it starts can be ended with it.
-            .process_group(0)
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(|error| PairError::Mint(format!("could not be started: {error}")))?;
-        let mut group = Group::of(&child);
-        let limit = self.settings.mint_timeout;
-        let (output, closed) = tokio::time::timeout(limit, collect(&mut child))
-            .await
-            .unwrap_or_else(|_| Err(PairError::Mint(format!("ran for more than {limit:?}"))))?;
-        if closed {
-            group.forget();
-        }
-        Ok(output)
     }
 
     /// Takes the credential to the instance's pairing endpoints, the preferred one first. One that is absent in the
@@ -344,7 +275,7 @@ impl Pairer {
         instance: &Instance,
         credential: Credential,
     ) -> Result<Paired, PairError> {
-        let body = serde_json::json!({ "credential": credential.0 }).to_string();
+        let body = serde_json::json!({ "credential": credential.reveal() }).to_string();
         let deadline = Instant::now() + self.settings.exchange_timeout;
         let mut last = String::new();
         for (position, endpoint) in self.endpoints.iter().enumerate() {
@@ -400,123 +331,4 @@ impl Pairer {
         }
         Err(PairError::Unreachable(last))
     }
-}
-
-/// Everything the command printed, and whether it closed its output.
-async fn collect(child: &mut Child) -> Result<(BytesMut, bool), PairError> {
-    let failed = |error: std::io::Error| PairError::Mint(format!("could not be followed: {error}"));
-    let mut output = BytesMut::new();
-    let mut stdout = child
-        .stdout
-        .take()
-        .ok_or_else(|| PairError::Mint("has no output".into()))?;
-    let mut status = None;
-    let mut closed = false;
-    while !closed {
-        tokio::select! {
-            read = stdout.read_buf(&mut output) => {
-                closed = read.map_err(failed)? == 0;
-                if output.len() > OUTPUT_LIMIT {
-                    return Err(PairError::Unparseable("more than 64 KiB"));
-                }
-            }
-            ended = child.wait(), if status.is_none() => status = Some(ended.map_err(failed)?),
-            // A child that was left behind holds the output open. What the command itself printed is read by now.
-            () = tokio::time::sleep(LEFT_OPEN), if status.is_some() => break,
-        }
-    }
-    let status = match status {
-        Some(status) => status,
-        None => child.wait().await.map_err(failed)?,
-    };
-    if status.success() {
-        Ok((output, closed))
-    } else {
-        Err(PairError::Mint(format!("failed: {status}")))
-    }
-}
-
-/// The process groups of the mint commands that run, to be ended with this process.
-static RUNNING: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
-
-/// The process group of a mint command. Dropping it ends whatever is left of it, unless it is known to be empty.
-struct Group(Option<Pid>);
-
-impl Group {
-    fn of(child: &Child) -> Group {
-        let pid = child
-            .id()
-            .and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
-        RUNNING
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .extend(pid);
-        Group(pid)
-    }
-
-    /// Takes note that no process of the group is left, so that its number may belong to others by now.
-    fn forget(&mut self) -> Option<Pid> {
-        let group = self.0.take()?;
-        RUNNING
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .retain(|running| *running != group);
-        Some(group)
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        if let Some(group) = self.forget() {
-            kill(group);
-        }
-    }
-}
-
-fn kill(group: Pid) {
-    // Under sudo the group belongs to root and cannot be killed from here; `t3-mint` ends itself in time.
-    let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
-}
-
-/// Ends every mint command that runs. The process is about to exit.
-pub fn end_mints() {
-    RUNNING
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .drain(..)
-        .for_each(kill);
-}
-
-/// Why the mint command cannot be run, if that can be told without running it. Under sudo the command that sudo is to
-/// run is looked at too.
-pub fn mint_fault(mint: &[String]) -> Option<String> {
-    let program = mint.first()?;
-    let under_sudo = std::path::Path::new(program)
-        .file_name()
-        .is_some_and(|name| name == "sudo");
-    let inner = mint[1..]
-        .iter()
-        .find(|word| !word.starts_with('-'))
-        .filter(|_| under_sudo);
-    std::iter::once(program)
-        .chain(inner)
-        .find_map(|program| not_executable(program))
-}
-
-fn not_executable(program: &str) -> Option<String> {
-    let executable = |path: &std::path::Path| -> rustix::io::Result<()> {
-        if path.is_dir() {
-            return Err(rustix::io::Errno::ISDIR);
-        }
-        rustix::fs::access(path, rustix::fs::Access::EXEC_OK)
-    };
-    if program.contains('/') {
-        return executable(program.as_ref())
-            .err()
-            .map(|error| format!("{program}: {error}"));
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found =
-        std::env::split_paths(&path).any(|folder| executable(&folder.join(program)).is_ok());
-    (!found).then(|| format!("{program}: not found in PATH"))
 }

@@ -24,7 +24,7 @@ use crate::dispatch::{Dispatcher, requests_in_flight};
 use crate::events;
 use crate::forward::keepalive;
 use crate::ledger::{self, Ledger};
-use crate::pair::end_mints;
+use crate::mint::end_mints;
 use crate::table::{TableError, Tables, Watcher};
 use crate::tunnel::live;
 use crate::upgrade::{self, Handover, Keeper, Message, UpgradeError};
@@ -102,6 +102,7 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
     }
     let tables = Arc::new(tables);
     keep_secrets();
+    use_all_descriptors();
     ignore_hangup_until_ready()?;
     if !start.upgrade {
         // Pingora retries for half a minute and then panics; the operator deserves a sentence.
@@ -256,6 +257,20 @@ fn keep_secrets() {
     use rustix::process::{DumpableBehavior, set_dumpable_behavior};
     // An old kernel may refuse; the service is of use all the same.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+}
+
+/// Every WebSocket takes two file descriptors, and the usual soft limit of 1024 is there for select(2) alone.
+fn use_all_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // Where it is not allowed, the limit stays what it was.
+    let _ = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: maximum,
+            maximum,
+        },
+    );
 }
 
 /// A hangup would kill the process until somebody listens for it. Having listened once is enough, for good.

@@ -1,5 +1,5 @@
 //! What the tests and the demo share: the stand-in instance and edge, the dispatcher as a process, a raw HTTP client.
-#![allow(dead_code, reason = "each user takes a part")]
+#![allow(dead_code, unused_imports, reason = "each user takes a part")]
 
 pub mod dispatcher;
 pub mod edge;

@@ -431,7 +431,7 @@ async fn a_revocation_waits_for_the_end_of_a_frame() {
         &[&bytes[60_000..], &Frame::text("too late").encode(None)].concat(),
     )
     .await;
-    let mut whole = start.as_slice().chain_with(&mut alice);
+    let mut whole = resumed(start, &mut alice);
     assert_eq!(Frame::read(&mut whole).await.unwrap(), frame);
     assert_eq!(Frame::read(&mut whole).await.unwrap(), Frame::close(1008));
     assert!(rest(&mut alice).await.is_empty());
@@ -461,16 +461,13 @@ async fn a_revocation_waits_for_the_end_of_a_frame() {
     assert_eq!(record["cause"], "dispatch_revoked");
 }
 
-trait ChainWith {
-    fn chain_with<'a>(self, next: &'a mut TcpStream) -> tokio::io::Chain<Self, &'a mut TcpStream>
-    where
-        Self: tokio::io::AsyncRead + Sized,
-    {
-        tokio::io::AsyncReadExt::chain(self, next)
-    }
+/// A stream of which some bytes have been read already.
+fn resumed<S: tokio::io::AsyncRead>(
+    read: Vec<u8>,
+    stream: S,
+) -> tokio::io::Chain<std::io::Cursor<Vec<u8>>, S> {
+    tokio::io::AsyncReadExt::chain(std::io::Cursor::new(read), stream)
 }
-
-impl ChainWith for &[u8] {}
 
 #[tokio::test]
 async fn sigterm_closes_both_sides_and_writes_every_record() {
@@ -769,7 +766,7 @@ async fn bytes_that_come_with_the_101_are_not_lost() {
     for _ in 0..20 {
         let (status, client) = ask(dispatcher.address(), "alice", &[]).await;
         assert_eq!(status, 101);
-        let mut stream = client.unread.as_slice().chain_with_owned(client.stream);
+        let mut stream = resumed(client.unread, client.stream);
         assert_eq!(
             Frame::read(&mut stream).await.unwrap(),
             Frame::text("at once")
@@ -787,17 +784,6 @@ async fn bytes_that_come_with_the_101_are_not_lost() {
         );
     }
 }
-
-trait ChainWithOwned {
-    fn chain_with_owned(self, next: TcpStream) -> tokio::io::Chain<Self, TcpStream>
-    where
-        Self: tokio::io::AsyncRead + Sized,
-    {
-        tokio::io::AsyncReadExt::chain(self, next)
-    }
-}
-
-impl ChainWithOwned for &[u8] {}
 
 #[tokio::test]
 async fn an_instance_that_is_killed_ends_its_tunnels() {
@@ -870,9 +856,13 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        let _ = std::process::Command::new("ip")
-            .args(["netns", "del", &self.name])
-            .status();
+        // The cable first: while a process is left in the namespace, that stays.
+        for words in [
+            &["link", "del", &format!("n{}", self.name)][..],
+            &["netns", "del", &self.name],
+        ] {
+            let _ = std::process::Command::new("ip").args(words).status();
+        }
     }
 }
 
@@ -898,7 +888,10 @@ async fn a_pulled_cable_is_noticed_within_a_minute() {
             .unwrap()
     };
     let _clients = [client(), client()];
-    let (_silent, mut sending) = (place.instance.next().await, place.instance.next().await);
+    let both = async { (place.instance.next().await, place.instance.next().await) };
+    let (_silent, mut sending) = tokio::time::timeout(Duration::from_secs(20), both)
+        .await
+        .expect("two tunnels");
     Frame::text("hello")
         .write(&mut sending, None)
         .await
