@@ -25,7 +25,7 @@ use crate::session::{
     Verdict, accepts_html, has_session_cookie, is_document_navigation, read_check, session_cookies,
 };
 use crate::table::{Instance, Tables, unique};
-use crate::tunnel::live::{self, About, Tunnel};
+use crate::tunnel::live::{self, About, Order, Tunnel};
 use crate::tunnel::{How, Side};
 
 /// How long a client's unused connection is kept. Pingora would keep it for ever after its first request.
@@ -113,12 +113,13 @@ impl Inner {
         }
     }
 
-    /// Whether the instance is still the user's.
-    fn is_still(&self, user: &str, instance: &Arc<Instance>) -> bool {
-        self.tables
-            .current()
-            .get(user)
-            .is_some_and(|now| Arc::ptr_eq(now, instance))
+    /// What to say to a user whose instance this is not any more, if so. One who has another by now may try again.
+    fn lost(&self, user: &str, instance: &Arc<Instance>) -> Option<Refusal> {
+        match self.tables.current().get(user) {
+            Some(now) if Arc::ptr_eq(now, instance) => None,
+            Some(_) => Some(Refusal::InstanceUnreachable),
+            None => Some(Refusal::UnknownUser),
+        }
     }
 
     /// Whether the request comes with a session, as far as anybody can tell.
@@ -369,10 +370,14 @@ impl ProxyHttp for Dispatcher {
         }
         if upgrade {
             ctx.tunnel = Some(Tunnel::new(about(session, &user, &instance)));
-            // The table may have changed while the session was looked for, and such a tunnel would escape the revocation.
-            if !self.0.is_still(&user, &instance) {
-                return refuse(session, ctx, Refusal::UnknownUser, Some(&user)).await;
+        }
+        // Looking for the session may have taken seconds, in which the table may have taken the instance away. The tunnel
+        // is known to the revocation by now, so that none escapes it.
+        if let Some(refusal) = self.0.lost(&user, &instance) {
+            if let Some(tunnel) = &ctx.tunnel {
+                tunnel.give(Order::Revoked);
             }
+            return refuse(session, ctx, refusal, Some(&user)).await;
         }
         ctx.found = Some((user, instance));
         Ok(false)

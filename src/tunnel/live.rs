@@ -162,7 +162,7 @@ impl Tunnel {
     }
 
     /// Orders the tunnel to end.
-    fn give(&self, order: Order) {
+    pub fn give(&self, order: Order) {
         let mut state = lock(&self.state);
         if state.order.is_none() {
             state.order = Some(order);

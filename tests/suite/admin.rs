@@ -55,7 +55,11 @@ async fn requests_are_counted_by_outcome_and_status() {
     let requests = |outcome: &str, status: &str| {
         format!("t3dispatch_requests_total{{outcome=\"{outcome}\",status=\"{status}\"}}")
     };
-    counted(&requests("health", "2xx"), 1.0).await;
+    let health = requests("health", "2xx");
+    wait_for("health check", async || {
+        world.dispatcher.metric(&health).await >= 1.0
+    })
+    .await;
     world
         .dispatcher
         .get("alice", "/", &[("Cookie", &session)])

@@ -350,6 +350,27 @@ async fn half_a_handshake_is_no_upgrade() {
         let seen = world.alice.seen().last().unwrap().head.clone();
         assert_eq!((seen.target(), seen.get("upgrade")), ("/ws", None));
     }
+    // With a body, or in an older version, it is none either.
+    for line in [
+        "GET /ws HTTP/1.1\r\nTransfer-Encoding: chunked",
+        "GET /ws HTTP/1.0",
+        "POST /ws HTTP/1.1\r\nContent-Length: 5",
+    ] {
+        let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
+        let rest =
+            "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: a\r\n\r\n0\r\n\r\n";
+        let head = format!(
+            "{line}\r\nHost: a\r\nX-authentik-username: alice\r\nCookie: {session}\r\n{rest}"
+        );
+        client.send(head).await.unwrap();
+        let (status, _) = client.read_head().await.unwrap();
+        assert!(matches!(status, 200 | 404), "{line}: {status}");
+        assert_eq!(
+            world.alice.seen().last().unwrap().head.get("upgrade"),
+            None,
+            "{line}"
+        );
+    }
 }
 
 #[tokio::test]

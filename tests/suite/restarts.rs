@@ -435,3 +435,54 @@ async fn the_pid_file_follows() {
     first.gone().await;
     assert!(second.is_alive());
 }
+
+/// A new program in the place of the old one, as a package brings it, is what takes over.
+#[tokio::test]
+async fn a_new_program_takes_over() {
+    let base = TempDir::new().unwrap();
+    let installed = base.path().join("t3-dispatch");
+    let install = || {
+        let new = base.path().join("t3-dispatch.new");
+        std::fs::copy(env!("CARGO_BIN_EXE_t3-dispatch"), &new).unwrap();
+        std::fs::rename(new, &installed).unwrap();
+    };
+    install();
+    let setup = Setup::new(base.path(), mint::working(base.path()));
+    let address = (setup.ip, 3780).into();
+    let conf = setup.write();
+    let mut first = std::process::Command::new(&installed)
+        .args(["serve", "-c"])
+        .arg(&conf)
+        .spawn()
+        .unwrap();
+    wait_for("control socket", async || {
+        base.path().join("upgrade.sock.control").exists()
+    })
+    .await;
+    let program_of = |pid: u32| {
+        std::fs::read_link(format!("/proc/{pid}/exe"))
+            .unwrap()
+            .display()
+            .to_string()
+    };
+    install();
+    assert!(program_of(first.id()).ends_with(" (deleted)"));
+    let successor = Successor::of(&conf).await;
+    assert_eq!(
+        program_of(successor.0.as_raw_nonzero().get() as u32),
+        installed.display().to_string()
+    );
+    assert_eq!(
+        http::request(address, "GET", "/healthz", &[], b"")
+            .await
+            .unwrap()
+            .status,
+        200
+    );
+    assert!(
+        tokio::task::spawn_blocking(move || first.wait().unwrap())
+            .await
+            .unwrap()
+            .success()
+    );
+}

@@ -415,6 +415,7 @@ async fn a_person_removed_loses_their_tunnels() {
 #[tokio::test]
 async fn a_revocation_waits_for_the_end_of_a_frame() {
     let mut place = Place::new().await;
+    let (mut idle, _idles) = place.tunnel("alice").await;
     let (mut alice, mut alices) = place.tunnel("alice").await;
     let frame = Frame::new(frames::BINARY, vec![5; 100_000]);
     let bytes = frame.encode(None);
@@ -424,7 +425,9 @@ async fn a_revocation_waits_for_the_end_of_a_frame() {
         .await
         .unwrap();
     place.table(&["bob"]);
-    place.dispatcher.wait_for_log("table-reloaded").await;
+    // Her other tunnel tells that it has come to that.
+    assert_eq!(Frame::read(&mut idle).await.unwrap(), Frame::close(1008));
+    tokio::time::sleep(Duration::from_millis(50)).await;
     // What follows the frame must not pass any more.
     raw::write(
         &mut alices,
@@ -457,7 +460,7 @@ async fn a_revocation_waits_for_the_end_of_a_frame() {
     place.table(&["bob"]);
     assert!(rest(&mut alice).await.is_empty());
     assert!(begin.elapsed() < Duration::from_secs(2));
-    let record = place.dispatcher.wait_for_records(2).await.pop().unwrap();
+    let record = place.dispatcher.wait_for_records(3).await.pop().unwrap();
     assert_eq!(record["cause"], "dispatch_revoked");
 }
 
@@ -926,4 +929,46 @@ async fn a_pulled_cable_is_noticed_within_a_minute() {
             "{record:#}"
         );
     }
+}
+
+/// The instance's side is watched like the client's. Loopback cannot be pulled, so the kernel's own timers have to do: on
+/// the dispatcher's connection to the instance the keepalive timer runs, and fires within 20 s (proc_pid_net(5), `tr`).
+#[tokio::test]
+async fn a_silent_instance_is_probed() {
+    let mut place = Place::new().await;
+    let (_client, _instance) = place.tunnel("alice").await;
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let remote = format!("0100007F:{:04X}", place.instance.port);
+    // The other connection is the one that the session was asked about over; it is kept for a few seconds only.
+    let timers: Vec<&str> = table
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .filter(|fields| fields[2] == remote && fields[3] == "01")
+        .filter_map(|fields| fields[5].strip_prefix("02:"))
+        .collect();
+    assert_eq!(timers.len(), 1, "{table}");
+    assert!(
+        u64::from_str_radix(timers[0], 16).unwrap() <= 20 * 100,
+        "{} hundredths of a second",
+        timers[0]
+    );
+}
+
+/// A session that takes long to look for gives no tunnel to somebody who has lost the instance meanwhile.
+#[tokio::test]
+async fn no_tunnel_escapes_a_revocation() {
+    let world = crate::world::World::with(|setup| setup.set("session.check_timeout", "3s")).await;
+    world.alice.set(|vices| vices.check_hangs = true);
+    let address = world.dispatcher.address();
+    let asking =
+        tokio::spawn(async move { ask(address, "alice", &[("Cookie", "t3_session=x")]).await.0 });
+    wait_for("question", async || !world.alice.seen().is_empty()).await;
+    world.dispatcher.write_table(&json!({}));
+    assert_eq!(asking.await.unwrap(), 403);
+    assert!(world.alice.seen_at("/ws").is_empty());
+    let record = world.dispatcher.wait_for_records(1).await.pop().unwrap();
+    assert_eq!(
+        (&record["cause"], &record["opened"]),
+        (&json!("dispatch_revoked"), &json!(false))
+    );
 }
