@@ -10,6 +10,7 @@ use log::Level;
 use crate::check;
 use crate::config::Settings;
 use crate::server::{self, Start};
+use crate::table::Table;
 use crate::upgrade;
 
 /// Sends each signed-in person to their own `t3 serve` instance, and pairs the browser on the way.
@@ -118,9 +119,12 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Has the running process replaced. Settings that a new one could not use are told without asking it.
+/// Has the running process replaced. Settings or a table that a new one could not use are told without asking it.
 fn replace(file: Option<&Path>) -> Result<(), String> {
     let settings = Settings::load(file).map_err(|error| error.to_string())?;
+    let table = &settings.dispatch.table;
+    Table::load(table, &Table::default())
+        .map_err(|error| format!("{}: {error}", table.display()))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();

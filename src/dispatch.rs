@@ -11,6 +11,7 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::HttpPeer;
 use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use pingora::{Error, ErrorSource, ErrorType, Result};
+use tokio::sync::Notify;
 
 use crate::config::Dispatch;
 use crate::events::{self, Outcome};
@@ -59,6 +60,24 @@ static IN_FLIGHT: AtomicUsize = AtomicUsize::new(0);
 /// Number of requests that are not over; an open WebSocket is one.
 pub fn requests_in_flight() -> usize {
     IN_FLIGHT.load(Ordering::Acquire)
+}
+
+tokio::task_local! {
+    /// Ends the request that this task is about, whatever it waits for.
+    static CUT: Arc<Notify>;
+}
+
+/// Runs a request so that its tunnel can cut it off.
+pub async fn until_cut<T>(request: impl Future<Output = Option<T>>) -> Option<T> {
+    let cut = Arc::new(Notify::new());
+    CUT.scope(cut.clone(), async {
+        tokio::select! {
+            biased;
+            outcome = request => outcome,
+            () = cut.notified() => None,
+        }
+    })
+    .await
 }
 
 struct InFlight;
@@ -265,6 +284,18 @@ fn client_ip(session: &Session) -> Option<IpAddr> {
     Some(session.client_addr()?.as_inet()?.ip())
 }
 
+/// Whether there is no client any more that could be told something.
+fn is_client_gone(error: &Error) -> bool {
+    let broken = matches!(
+        error.etype(),
+        ErrorType::ReadError
+            | ErrorType::WriteError
+            | ErrorType::ConnectionClosed
+            | ErrorType::ReadTimedout
+    );
+    *error.esource() == ErrorSource::Downstream && broken
+}
+
 /// How a connection broke, by the system's error at the root of Pingora's.
 fn how_it_broke(error: &Error) -> How {
     if let Some(error) = error.root_cause().downcast_ref::<std::io::Error>() {
@@ -369,7 +400,8 @@ impl ProxyHttp for Dispatcher {
             return self.0.pair(session, ctx, &user, &instance).await;
         }
         if upgrade {
-            ctx.tunnel = Some(Tunnel::new(about(session, &user, &instance)));
+            let cut = CUT.try_with(Arc::clone).unwrap_or_default();
+            ctx.tunnel = Some(Tunnel::new(about(session, &user, &instance), cut));
         }
         // Looking for the session may have taken seconds, in which the table may have taken the instance away. The tunnel
         // is known to the revocation by now, so that none escapes it.
@@ -465,19 +497,11 @@ impl ProxyHttp for Dispatcher {
         error: &Error,
         ctx: &mut Ctx,
     ) -> FailToProxy {
-        let client_gone = matches!(error.esource(), ErrorSource::Downstream)
-            && matches!(
-                error.etype(),
-                ErrorType::ReadError
-                    | ErrorType::WriteError
-                    | ErrorType::ConnectionClosed
-                    | ErrorType::ReadTimedout
-            );
         let nothing_to_say = FailToProxy {
             error_code: 0,
             can_reuse_downstream: false,
         };
-        if client_gone {
+        if is_client_gone(error) {
             ctx.outcome.get_or_insert(Outcome::Aborted);
             return nothing_to_say;
         }
@@ -488,7 +512,12 @@ impl ProxyHttp for Dispatcher {
         if let (ErrorSource::Upstream, Some((user, instance))) = (error.esource(), &ctx.found) {
             events::upstream_failed(user, instance.port, error.etype().as_str());
         }
+        let revoked = ctx
+            .tunnel
+            .as_ref()
+            .is_some_and(|tunnel| tunnel.order() == Some(Order::Revoked));
         let refusal = match (error.esource(), error.etype()) {
+            _ if revoked => Refusal::UnknownUser,
             (ErrorSource::Downstream, _) => Refusal::BadRequest,
             (
                 ErrorSource::Upstream,
@@ -526,7 +555,9 @@ impl ProxyHttp for Dispatcher {
     async fn logging(&self, session: &mut Session, error: Option<&Error>, ctx: &mut Ctx) {
         if let (Some(tunnel), Some(error)) = (&ctx.tunnel, error) {
             match error.esource() {
-                ErrorSource::Downstream => tunnel.end(Side::Client, how_it_broke(error)),
+                ErrorSource::Downstream if is_client_gone(error) => {
+                    tunnel.end(Side::Client, how_it_broke(error))
+                }
                 ErrorSource::Upstream if session.was_upgraded() => {
                     tunnel.end(Side::Instance, how_it_broke(error))
                 }

@@ -308,8 +308,13 @@ pub fn replaced(pid: u32) {
     info!("replaced by={pid} tunnels={}", METRICS.tunnels_open.get());
 }
 
+/// The process gives up before it serves.
+pub fn not_serving(error: &UpgradeError) {
+    error!("not-serving error={:?}", error.to_string());
+}
+
 /// The process that was to be taken over from did not answer.
-pub fn predecessor_silent(error: &std::io::Error) {
+pub fn predecessor_silent(error: &UpgradeError) {
     warn!("predecessor-silent error={:?}", error.to_string());
 }
 

@@ -141,8 +141,13 @@ impl Gated {
         }
     }
 
-    fn write_result(&mut self, result: &Poll<io::Result<usize>>) {
-        match result {
+    /// Takes note of how a write went. One that waits for the instance does not outlive an order to end.
+    fn write_result(
+        &mut self,
+        result: Poll<io::Result<usize>>,
+        cx: &Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        match &result {
             Poll::Ready(Ok(_)) if self.stage == Stage::Fresh => self.stage = Stage::HeadWritten,
             Poll::Ready(Ok(written)) if matches!(self.response, Response::Frames) => {
                 self.written += *written as u64
@@ -152,8 +157,12 @@ impl Gated {
                 // There will be no second flush; whoever reads learns what is wrong.
                 self.open();
             }
+            Poll::Pending if self.tunnel.order_or_wake(cx.waker()).is_some() => {
+                return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+            }
             _ => {}
         }
+        result
     }
 
     /// Reads from the instance, and lets the sensor see it.
@@ -296,8 +305,7 @@ impl AsyncWrite for Gated {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
         let result = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.write_result(&result);
-        result
+        self.write_result(result, cx)
     }
 
     fn poll_write_vectored(
@@ -309,8 +317,7 @@ impl AsyncWrite for Gated {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
         let result = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.write_result(&result);
-        result
+        self.write_result(result, cx)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -107,18 +107,18 @@ impl Ledger {
     ) -> io::Result<Vec<Value>> {
         let mut found = Vec::new();
         for path in [self.path.clone(), predecessor(&self.path)] {
-            let mut text = String::new();
+            let mut text = Vec::new();
             match File::open(&path) {
-                Ok(mut file) => file.read_to_string(&mut text)?,
+                Ok(mut file) => file.read_to_end(&mut text)?,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(error),
             };
-            for line in text.lines().rev() {
+            for line in text.split(|byte| *byte == b'\n').rev() {
                 if found.len() >= limit {
                     return Ok(found);
                 }
-                // A line that a full disk has cut is no record.
-                let Ok(record) = serde_json::from_str::<Value>(line) else {
+                // A line that was cut, or is not ours, is no record.
+                let Ok(record @ Value::Object(_)) = serde_json::from_slice::<Value>(line) else {
                     continue;
                 };
                 let at = record["time"]

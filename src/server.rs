@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::admin::Admin;
 use crate::config::Settings;
-use crate::dispatch::{Dispatcher, requests_in_flight};
+use crate::dispatch::{Dispatcher, requests_in_flight, until_cut};
 use crate::events;
 use crate::forward::keepalive;
 use crate::ledger::{self, Ledger};
@@ -38,6 +38,9 @@ const TERM_GRACE: Duration = Duration::from_secs(8);
 /// How long a process that was replaced answers on the connections that clients keep with it, each answer being the last
 /// one, before it closes those that are unused.
 const LAST_ANSWERS: Duration = Duration::from_secs(3);
+
+/// How long a tunnel that is revoked may take to end in good order, before it is cut off.
+const CUT_OFF: Duration = Duration::from_millis(1500);
 
 /// How long the last records may take to reach the disk.
 const LAST_RECORDS: Duration = Duration::from_secs(1);
@@ -219,7 +222,7 @@ impl HttpServerApp for LastAnswers {
         session: ServerSession,
         shutdown: &ShutdownWatch,
     ) -> Option<ReusedHttpStream> {
-        self.proxy.process_new_http(session, shutdown).await
+        until_cut(self.proxy.process_new_http(session, shutdown)).await
     }
 
     fn server_options(&self) -> Option<&HttpServerOptions> {
@@ -247,6 +250,10 @@ impl BackgroundService for Revoker {
                 !table
                     .get(user)
                     .is_some_and(|now| Arc::ptr_eq(now, instance))
+            });
+            tokio::spawn(async {
+                tokio::time::sleep(CUT_OFF).await;
+                live::cut_revoked();
             });
         }
     }
@@ -374,10 +381,12 @@ impl ShutdownSignalWatch for Signals {
                     }
                 }
                 _ = signals.terminate.recv() => {
+                    abandon(handing_over).await;
                     self.terminate(signals);
                     return ShutdownSignal::GracefulTerminate;
                 }
                 _ = signals.interrupt.recv() => {
+                    abandon(handing_over).await;
                     last_words();
                     return ShutdownSignal::FastShutdown;
                 }
@@ -393,6 +402,14 @@ struct Attempt {
     askers: Vec<tokio::net::UnixStream>,
 }
 
+/// Gives a handover up, and ends the process that was started for it.
+async fn abandon(attempt: Option<Attempt>) {
+    if let Some(attempt) = attempt {
+        attempt.task.abort();
+        let _ = attempt.task.await;
+    }
+}
+
 async fn outcome(attempt: &mut Option<Attempt>) -> Result<u32, UpgradeError> {
     match attempt {
         Some(attempt) => match (&mut attempt.task).await {
@@ -406,9 +423,14 @@ async fn outcome(attempt: &mut Option<Attempt>) -> Result<u32, UpgradeError> {
 impl Signals {
     /// Waits until this process serves, then tells everybody who should know.
     async fn serving(&self, messages: mpsc::Sender<Message>) {
-        if let Err(error) = self.handover.serving(self.upgraded).await {
+        match self.handover.serving(self.upgraded).await {
+            Ok(()) => {}
+            Err(error @ UpgradeError::Listen { .. }) => {
+                events::not_serving(&error);
+                std::process::exit(1);
+            }
             // The predecessor may be gone, or of an older kind; there is nobody else to serve.
-            events::predecessor_silent(&error);
+            Err(error) => events::predecessor_silent(&error),
         }
         if let Err(error) = upgrade::listen(&self.handover.upgrade_sock, messages) {
             events::control_failed(&self.handover.upgrade_sock, &error);

@@ -11,7 +11,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use pingora::server::{ListenFds, ShutdownWatch};
@@ -29,6 +29,9 @@ const START: Duration = Duration::from_secs(30);
 
 /// How long it must then stay alive before it takes over.
 const PROBATION: Duration = Duration::from_secs(2);
+
+/// How long an address may take to be listened on before it is looked into.
+const BIND: Duration = Duration::from_secs(2);
 
 /// How often a thing that will come soon is looked for.
 const LOOK: Duration = Duration::from_millis(20);
@@ -48,6 +51,14 @@ pub enum UpgradeError {
     /// It served and was gone again.
     #[error("the new process was gone again within {PROBATION:?}")]
     Gone,
+    /// An address is not to be had.
+    #[error("cannot listen on {address}: {error}")]
+    Listen {
+        /// The address.
+        address: String,
+        /// What the system said.
+        error: io::Error,
+    },
     /// There is nobody to hand over to.
     #[error("no process waits at {0} to take over: start one with --upgrade first")]
     Nobody(String),
@@ -97,22 +108,35 @@ impl Handover {
         })
     }
 
-    /// Whether every address is listened on by now.
-    fn listening(&self) -> bool {
-        self.listeners.get().is_some_and(|listeners| {
-            let listeners = listeners.lock();
-            self.addresses
-                .iter()
-                .all(|address| listeners.get(address).is_some())
-        })
+    /// The addresses that are not listened on yet.
+    fn missing(&self) -> Vec<&String> {
+        let Some(listeners) = self.listeners.get() else {
+            return self.addresses.iter().collect();
+        };
+        let listeners = listeners.lock();
+        self.addresses
+            .iter()
+            .filter(|address| listeners.get(address).is_none())
+            .collect()
     }
 
     /// Waits until this process serves. One that was started to take over then waits for its predecessor's word.
     ///
     /// # Errors
-    /// When the predecessor does not give it.
-    pub async fn serving(&self, upgrade: bool) -> io::Result<()> {
-        while !self.listening() {
+    /// When an address is not to be had, or the predecessor does not give its word.
+    pub async fn serving(&self, upgrade: bool) -> Result<(), UpgradeError> {
+        let start = Instant::now();
+        while let [address, ..] = self.missing()[..] {
+            // Pingora tries for half a minute, and then goes on without the address.
+            if start.elapsed() > BIND
+                && self.listeners.get().is_some()
+                && let Err(error) = std::net::TcpListener::bind(address.as_str())
+            {
+                return Err(UpgradeError::Listen {
+                    address: address.clone(),
+                    error,
+                });
+            }
             sleep(LOOK).await;
         }
         if !upgrade {
@@ -124,7 +148,8 @@ impl Handover {
         let mut word = String::new();
         BufReader::new(&mut old).read_line(&mut word).await?;
         // A process in the background has left its ID in a file, where the newest one's belongs.
-        let predecessor = rustix::net::sockopt::socket_peercred(&old)?
+        let predecessor = rustix::net::sockopt::socket_peercred(&old)
+            .map_err(io::Error::from)?
             .pid
             .as_raw_nonzero()
             .to_string();
@@ -134,7 +159,7 @@ impl Handover {
         if word == "go\n" {
             Ok(())
         } else {
-            Err(io::ErrorKind::ConnectionAborted.into())
+            Err(UpgradeError::Io(io::ErrorKind::ConnectionAborted.into()))
         }
     }
 
@@ -211,6 +236,8 @@ impl Handover {
         Command::new(program)
             .args(arguments)
             .process_group(0)
+            // Whoever gives the handover up has it ended.
+            .kill_on_drop(true)
             .spawn()
     }
 }

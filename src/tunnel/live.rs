@@ -8,6 +8,7 @@ use std::task::Waker;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
+use tokio::sync::Notify;
 
 use super::{Ender, Facts, How, Sensor, Side};
 use crate::close::{Cause, cause};
@@ -63,6 +64,8 @@ impl Order {
 pub struct Tunnel {
     about: About,
     key: u64,
+    /// Ends the whole request, whatever it waits for.
+    cut: Arc<Notify>,
     state: Mutex<State>,
 }
 
@@ -86,8 +89,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Tunnel {
-    /// A tunnel that somebody asks for now.
-    pub fn new(about: About) -> Arc<Tunnel> {
+    /// A tunnel that somebody asks for now. Notifying `cut` ends its request at once.
+    pub fn new(about: About, cut: Arc<Notify>) -> Arc<Tunnel> {
         let key = NEXT.fetch_add(1, Ordering::Relaxed);
         let state = State {
             sensor: Sensor::new(Instant::now()),
@@ -99,6 +102,7 @@ impl Tunnel {
         let tunnel = Arc::new(Tunnel {
             about,
             key,
+            cut,
             state: Mutex::new(state),
         });
         lock(&LIVE).insert(key, Arc::downgrade(&tunnel));
@@ -159,6 +163,11 @@ impl Tunnel {
             state.reader = Some(reader.clone());
         }
         state.order
+    }
+
+    /// The order to end, if there is one.
+    pub fn order(&self) -> Option<Order> {
+        lock(&self.state).order
     }
 
     /// Orders the tunnel to end.
@@ -224,6 +233,16 @@ pub fn revoke(lost: impl Fn(&str, &Arc<Instance>) -> bool) {
     for tunnel in live() {
         if lost(&tunnel.about.user, &tunnel.about.instance) {
             tunnel.give(Order::Revoked);
+        }
+    }
+}
+
+/// Cuts off what was revoked and has not ended by itself: one side does not take what is sent to it, so that nothing
+/// between two frames ever comes to its turn.
+pub fn cut_revoked() {
+    for tunnel in live() {
+        if tunnel.order() == Some(Order::Revoked) {
+            tunnel.cut.notify_one();
         }
     }
 }
@@ -316,7 +335,7 @@ impl Record {
         let code = match facts.first {
             Some((Ender::Client, How::Close)) => facts.client.close_code,
             Some((Ender::Instance, How::Close)) => facts.instance.close_code,
-            Some((Ender::Dispatch, _)) => order.map(Order::code),
+            Some((Ender::Dispatch, _)) if facts.opened => order.map(Order::code),
             _ => None,
         };
         Record {

@@ -150,18 +150,22 @@ async fn a_new_process_that_cannot_serve_changes_nothing() {
     // A table that cannot be used.
     std::fs::write(&conf, &good.0).unwrap();
     std::fs::write(&table, "[]").unwrap();
-    refused("the new process ended before it served (exit status: 1)").await;
+    refused("is not a JSON object of names to instances").await;
     std::fs::write(&table, &good.1).unwrap();
     // An address that is somebody else's.
     let taken = tokio::net::TcpListener::bind((world.dispatcher.ip, 3799))
         .await
         .unwrap();
     settings(&|settings| settings["dispatch"]["admin"] = json!(taken.local_addr().unwrap()));
-    refused("the running process goes on as before").await;
+    refused("the new process ended before it served (exit status: 1)").await;
+    world
+        .dispatcher
+        .wait_for_log("not-serving error=\"cannot listen on ")
+        .await;
     drop(taken);
     std::fs::write(&conf, &good.0).unwrap();
     assert!(world.dispatcher.child.try_wait().unwrap().is_none());
-    assert!(world.dispatcher.logged("upgrade-failed serving=on").len() >= 2);
+    assert!(world.dispatcher.logged("upgrade-failed serving=on").len() == 1);
     echo(&mut held, "still here").await;
     assert_eq!(
         world.dispatcher.navigate("alice", &session).await.status,
@@ -485,4 +489,32 @@ async fn a_new_program_takes_over() {
             .unwrap()
             .success()
     );
+}
+
+/// Who is ended while it hands over leaves no half-made successor behind.
+#[tokio::test]
+async fn sigterm_during_a_handover_ends_both() {
+    let mut world = World::new().await;
+    let conf = world.base().join("t3-dispatch.yaml");
+    let asking = tokio::spawn(async move { reload(&conf).await });
+    // The new process has the sockets and is on probation.
+    let both = format!("listen={}:3780", world.dispatcher.ip);
+    wait_for("start of the new process", async || {
+        std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
+            let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            line.contains("serve --upgrade") && line.contains(&world.base().display().to_string())
+        })
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    world.dispatcher.signal(Signal::TERM);
+    assert!(world.dispatcher.exited().await.success());
+    assert!(!asking.await.unwrap().0);
+    let address = world.dispatcher.address();
+    wait_for("end of the new process", async || {
+        http::Client::connect(address).await.is_err()
+    })
+    .await;
+    assert_eq!(world.dispatcher.logged(&both).len(), 1);
 }

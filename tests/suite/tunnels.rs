@@ -623,21 +623,18 @@ async fn a_full_ledger_is_moved_aside_and_one_predecessor_kept() {
     })
     .await;
     place.dispatcher.wait_for_records(1).await;
-    // Now one is cut short with room left: the next line begins on its own.
+    // Now there is rubbish with room left, cut short: the next line begins on its own.
     let mut file = std::fs::OpenOptions::new()
         .append(true)
         .open(&ledger)
         .unwrap();
-    std::io::Write::write_all(&mut file, b"{\"cut\":").unwrap();
+    std::io::Write::write_all(&mut file, b"\xff\xfe[]\nnull\n{\"cut\":").unwrap();
     let (mut client, _instance) = place.tunnel("alice").await;
     client.shutdown().await.unwrap();
-    wait_for("second record", async || {
-        std::fs::read_to_string(&ledger).unwrap().lines().count() == 3
-    })
-    .await;
-    let text = std::fs::read_to_string(&ledger).unwrap();
-    assert_eq!(text.lines().nth(1), Some("{\"cut\":"));
-    let _: Value = serde_json::from_str(text.lines().nth(2).unwrap()).unwrap();
+    let text = || String::from_utf8_lossy(&std::fs::read(&ledger).unwrap()).into_owned();
+    wait_for("second record", async || text().lines().count() == 5).await;
+    assert_eq!(text().lines().nth(3), Some("{\"cut\":"));
+    let _: Value = serde_json::from_str(text().lines().nth(4).unwrap()).unwrap();
     let closes = crate::common::http::request(place.dispatcher.admin(), "GET", "/closes", &[], b"")
         .await
         .unwrap();
@@ -970,5 +967,77 @@ async fn no_tunnel_escapes_a_revocation() {
     assert_eq!(
         (&record["cause"], &record["opened"]),
         (&json!("dispatch_revoked"), &json!(false))
+    );
+}
+
+/// Access ends in time also where one side takes nothing any more, so that no Close frame gets through.
+#[tokio::test]
+async fn a_revocation_does_not_wait_for_who_is_stuck() {
+    let mut place = Place::new().await;
+    let block = Frame::new(frames::BINARY, vec![0; 60_000]);
+    let fill = async |stream: &mut TcpStream, bytes: &[u8]| {
+        while tokio::time::timeout(Duration::from_millis(500), stream.write_all(bytes))
+            .await
+            .is_ok()
+        {}
+    };
+    // One client does not read, and one instance does not.
+    let (_client, mut sends) = place.tunnel("alice").await;
+    fill(&mut sends, &block.encode(None)).await;
+    let (mut client, _stuck) = place.tunnel("alice").await;
+    fill(&mut client, &block.encode(MASK)).await;
+    let start = std::time::Instant::now();
+    place.table(&["bob"]);
+    let records = place.dispatcher.wait_for_records(2).await;
+    assert!(
+        start.elapsed() < Duration::from_millis(2500),
+        "{:?}",
+        start.elapsed()
+    );
+    assert!(
+        records
+            .iter()
+            .all(|record| record["cause"] == "dispatch_revoked"),
+        "{records:#?}"
+    );
+    // The client that listens is told.
+    assert_eq!(Frame::read(&mut client).await.unwrap(), Frame::close(1008));
+}
+
+/// A handshake that we refuse is not blamed on the client's connection.
+#[tokio::test]
+async fn frames_before_the_101_are_our_refusal() {
+    let base = TempDir::new().unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let setup = Setup::new(base.path(), mint::working(base.path())).user("alice", "alice", port);
+    let dispatcher = setup.start().await;
+    let mut client = crate::common::http::Client::connect(dispatcher.address())
+        .await
+        .unwrap();
+    let headers = [
+        ("X-authentik-username", "alice"),
+        ("Cookie", "t3_session=x"),
+        ("Connection", "Upgrade"),
+        ("Upgrade", "websocket"),
+    ];
+    client
+        .send(crate::common::http::head("GET", "/ws", &headers, 0))
+        .await
+        .unwrap();
+    // The question for the cookie's name goes unanswered, then the handshake comes.
+    drop(listener.accept().await.unwrap());
+    let _handshake = listener.accept().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    client
+        .send(Frame::text("too early").encode(MASK))
+        .await
+        .unwrap();
+    assert_eq!(client.read_head().await.unwrap().0, 400);
+    let record = dispatcher.wait_for_records(1).await.pop().unwrap();
+    assert_eq!(
+        (&record["cause"], &record["ended_by"]),
+        (&json!("dispatch_error"), &json!("dispatch")),
+        "{record:#}"
     );
 }
