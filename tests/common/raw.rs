@@ -119,3 +119,24 @@ pub async fn rest(stream: &mut TcpStream) -> Vec<u8> {
 pub async fn write(stream: &mut TcpStream, bytes: &[u8]) {
     stream.write_all(bytes).await.unwrap();
 }
+
+/// A server that reads one request a connection and answers with these bytes, and what it was asked. It holds the
+/// connections where it is to `hold` them, so that an answer without an end has none.
+pub async fn canned(answer: String, hold: bool) -> (u16, mpsc::UnboundedReceiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (tell, asked) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut request = vec![0; 4096];
+            let length = stream.read(&mut request).await.unwrap_or(0);
+            let _ = tell.send(String::from_utf8_lossy(&request[..length]).into_owned());
+            let _ = stream.write_all(answer.as_bytes()).await;
+            if hold {
+                held.push(stream);
+            }
+        }
+    });
+    (port, asked)
+}

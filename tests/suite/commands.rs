@@ -9,7 +9,7 @@ use crate::common::dispatcher::{Setup, own_address, program, wait_for};
 use crate::common::http::{self, Client};
 use crate::common::instance::{Instance, Version};
 use crate::common::mint;
-use crate::world::World;
+use crate::world::{World, from};
 
 struct Told {
     status: i32,
@@ -305,10 +305,7 @@ async fn an_address_in_use_is_told_in_a_sentence() {
 async fn sigterm_lets_requests_in_flight_end() {
     let mut world = World::new().await;
     let session = world.alice.new_session();
-    let headers = [
-        ("X-authentik-username", "alice"),
-        ("Cookie", session.as_str()),
-    ];
+    let headers = from("alice", &session);
     let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
     client
         .send(http::head("GET", "/__test/slow?1500", &headers, 0))
@@ -341,10 +338,7 @@ async fn a_second_signal_ends_the_wait() {
         })
         .await;
         let session = world.alice.new_session();
-        let headers = [
-            ("X-authentik-username", "alice"),
-            ("Cookie", session.as_str()),
-        ];
+        let headers = from("alice", &session);
         let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
         client
             .send(http::head("GET", "/__test/slow?600000", &headers, 0))
@@ -387,10 +381,7 @@ async fn sigint_ends_at_once_and_sigquit_with_nobody_waiting_ends_nothing() {
 async fn a_graceful_upgrade_hands_the_sockets_over() {
     let mut world = World::new().await;
     let session = world.alice.new_session();
-    let headers = [
-        ("X-authentik-username", "alice"),
-        ("Cookie", session.as_str()),
-    ];
+    let headers = from("alice", &session);
     let conf = world.base().join("t3-dispatch.yaml");
     let log = std::fs::File::create(world.base().join("log-new")).unwrap();
     let mut new = program()

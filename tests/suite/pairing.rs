@@ -6,6 +6,7 @@ use crate::common::dispatcher::{Setup, wait_for};
 use crate::common::http::{self, Reply};
 use crate::common::instance::{Instance, Version};
 use crate::common::mint;
+use crate::common::raw::canned;
 use crate::world::World;
 
 /// A world whose mint command is `body`.
@@ -71,17 +72,9 @@ async fn a_first_visit_lands_with_a_session() {
 async fn every_set_cookie_is_relayed_as_it_came() {
     // The stand-in sets one; this instance is written by hand to set three, one of them odd.
     let base = tempfile::TempDir::new().unwrap();
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let port = listener.local_addr().unwrap().port();
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let mut request = vec![0; 4096];
-            let _ = tokio::io::AsyncReadExt::read(&mut stream, &mut request).await;
-            let answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nSet-Cookie: a=1; Path=/x; Priority=High\r\n\
-                          Set-Cookie: t3_session=p.s==; Path=/; HttpOnly\r\nset-cookie: \"odd\"\r\n\r\n{}";
-            let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, answer.as_bytes()).await;
-        }
-    });
+    let answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nSet-Cookie: a=1; Path=/x; Priority=High\r\n\
+                  Set-Cookie: t3_session=p.s==; Path=/; HttpOnly\r\nset-cookie: \"odd\"\r\n\r\n{}";
+    let (port, _) = canned(answer.into(), false).await;
     let dispatcher = Setup::new(base.path(), mint::working(base.path()))
         .user("alice", "alice", port)
         .start()
@@ -498,29 +491,11 @@ async fn a_200_is_a_200_whatever_its_body() {
         "Content-Length: 9999999\r\n\r\n",
     ] {
         let base = tempfile::TempDir::new().unwrap();
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let (tell, mut posted) = tokio::sync::mpsc::unbounded_channel();
-        tokio::spawn(async move {
-            let mut held = Vec::new();
-            while let Ok((mut stream, _)) = listener.accept().await {
-                let mut request = vec![0; 4096];
-                let length = tokio::io::AsyncReadExt::read(&mut stream, &mut request)
-                    .await
-                    .unwrap_or(0);
-                let request = String::from_utf8_lossy(&request[..length]).into_owned();
-                if request.starts_with("POST") {
-                    tell.send(request).unwrap();
-                    let answer =
-                        format!("HTTP/1.1 200 OK\r\nSet-Cookie: t3_session=p.s; Path=/\r\n{rest}");
-                    let _ =
-                        tokio::io::AsyncWriteExt::write_all(&mut stream, answer.as_bytes()).await;
-                    held.push(stream);
-                }
-            }
-        });
+        let answer = format!("HTTP/1.1 200 OK\r\nSet-Cookie: t3_session=p.s; Path=/\r\n{rest}");
+        let (port, mut asked) = canned(answer, true).await;
         let dispatcher = Setup::new(base.path(), mint::working(base.path()))
             .user("alice", "alice", port)
+            .set("session.check_timeout", "200ms")
             .start()
             .await;
         let reply = dispatcher.get("alice", "/", &[]).await;
@@ -529,14 +504,16 @@ async fn a_200_is_a_200_whatever_its_body() {
             (302, vec!["t3_session=p.s".to_owned()]),
             "{rest:?}"
         );
+        // The question for the cookie's name, then one exchange and no other.
+        assert!(asked.recv().await.unwrap().starts_with("GET "));
         assert!(
-            posted
+            asked
                 .recv()
                 .await
                 .unwrap()
                 .starts_with("POST /api/auth/browser-session ")
         );
-        assert!(posted.try_recv().is_err());
+        assert!(asked.try_recv().is_err());
     }
 }
 

@@ -9,7 +9,7 @@ use crate::common::frames::{self, Frame};
 use crate::common::http::{self, Client};
 use crate::common::instance::{Instance, Version};
 use crate::common::mint;
-use crate::world::World;
+use crate::world::{World, from};
 
 /// A world, and the headers of a request of alice's that has a session.
 async fn signed_in() -> (World, String) {
@@ -156,10 +156,7 @@ async fn hop_by_hop_headers_stay_on_their_hop() {
 async fn two_hundred_megabytes_up_and_down() {
     const SIZE: usize = 200 * 1024 * 1024;
     let (world, session) = signed_in().await;
-    let headers = [
-        ("X-authentik-username", "alice"),
-        ("Cookie", session.as_str()),
-    ];
+    let headers = from("alice", &session);
     let before = world.dispatcher.memory();
     let mut peak = 0;
 
@@ -222,10 +219,7 @@ async fn an_upload_without_a_length_streams() {
 #[tokio::test]
 async fn a_streamed_response_arrives_as_it_is_sent() {
     let (world, session) = signed_in().await;
-    let headers = [
-        ("X-authentik-username", "alice"),
-        ("Cookie", session.as_str()),
-    ];
+    let headers = from("alice", &session);
     let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
     client
         .send(http::head("GET", "/__test/stream?9", &headers, 0))
@@ -265,10 +259,7 @@ async fn ten_thousand_posts_around_the_keep_alive_timeout() {
         let session = session.clone();
         workers.spawn(async move {
             let mut client = Client::connect(address).await.unwrap();
-            let headers = [
-                ("X-authentik-username", "alice"),
-                ("Cookie", session.as_str()),
-            ];
+            let headers = from("alice", &session);
             for round in 0..200 {
                 let reply = client
                     .request("POST", "/__test/echo", &headers, b"x")
@@ -453,10 +444,7 @@ async fn a_websocket_passes_through() {
 #[tokio::test]
 async fn an_early_answer_to_an_upload_is_relayed() {
     let (world, session) = signed_in().await;
-    let headers = [
-        ("X-authentik-username", "alice"),
-        ("Cookie", session.as_str()),
-    ];
+    let headers = from("alice", &session);
     for size in [1_000, 5_000_000] {
         let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
         client
@@ -496,10 +484,7 @@ async fn http_1_0_clients_get_a_body_that_ends_with_the_connection() {
 #[tokio::test]
 async fn responses_of_every_framing_are_relayed() {
     let (world, session) = signed_in().await;
-    let headers = [
-        ("X-authentik-username", "alice"),
-        ("Cookie", session.as_str()),
-    ];
+    let headers = from("alice", &session);
     let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
     for (target, body) in [
         ("/__test/chunked", "chunks"),
@@ -642,10 +627,7 @@ async fn a_slow_response_is_waited_for() {
 #[tokio::test]
 async fn an_upload_that_pauses_goes_on() {
     let (world, session) = signed_in().await;
-    let headers = [
-        ("X-authentik-username", "alice"),
-        ("Cookie", session.as_str()),
-    ];
+    let headers = from("alice", &session);
     let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
     client
         .send(http::head("POST", "/__test/echo", &headers, 10))
@@ -664,10 +646,7 @@ async fn an_upload_that_pauses_goes_on() {
 #[tokio::test]
 async fn a_client_that_leaves_is_counted_as_aborted() {
     let (world, session) = signed_in().await;
-    let headers = [
-        ("X-authentik-username", "alice"),
-        ("Cookie", session.as_str()),
-    ];
+    let headers = from("alice", &session);
     let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
     client
         .send(http::head("GET", "/__test/slow?60000", &headers, 0))

@@ -17,7 +17,7 @@ use crate::common::http;
 use crate::common::instance::{Instance, Version};
 use crate::common::mint;
 use crate::common::raw::{MASK, ask, rest};
-use crate::world::World;
+use crate::world::{World, from};
 
 /// What `t3-dispatch reload` said, and whether it was content.
 async fn reload(conf: &Path) -> (bool, String) {
@@ -322,10 +322,7 @@ async fn five_hundred_sockets_across_three_upgrades() {
             for kept in [true, false] {
                 let (done, session, requests) = (done.clone(), session.clone(), requests.clone());
                 talks.spawn(async move {
-                    let headers = [
-                        ("X-authentik-username", "alice"),
-                        ("Cookie", session.as_str()),
-                    ];
+                    let headers = from("alice", &session);
                     let mut client = http::Client::connect(address).await.unwrap();
                     while !done.load(Ordering::Relaxed) {
                         let reply = client

@@ -3,6 +3,7 @@
 use crate::common::dispatcher::{Setup, program, wait_for};
 use crate::common::http::{self, Client};
 use crate::common::mint;
+use crate::common::raw::canned;
 use crate::world::World;
 
 /// At the finest log level, through success and every kind of failure, no cookie and no credential is logged, counted or
@@ -73,17 +74,8 @@ async fn no_secret_reaches_a_log_a_metric_or_a_page() {
         }
     }
     // An answer of the instance that is not HTTP may hold a cookie too.
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let port = listener.local_addr().unwrap().port();
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let mut request = vec![0; 4096];
-            let _ = tokio::io::AsyncReadExt::read(&mut stream, &mut request).await;
-            let answer =
-                "HTTP/1.1 200 OK\r\nSet-Cookie: t3_session=cookie-secret\r\nbad header\r\n\r\n";
-            let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, answer.as_bytes()).await;
-        }
-    });
+    let answer = "HTTP/1.1 200 OK\r\nSet-Cookie: t3_session=cookie-secret\r\nbad header\r\n\r\n";
+    let (port, _) = canned(answer.into(), false).await;
     world
         .dispatcher
         .write_table(&serde_json::json!({ "alice": { "os_user": "alice", "port": port } }));

@@ -46,3 +46,8 @@ impl World {
         mint::count(self.base(), "alice")
     }
 }
+
+/// The headers of a request of `user`'s, with their cookie, as the edge sends it.
+pub fn from<'a>(user: &'a str, cookie: &'a str) -> [(&'a str, &'a str); 2] {
+    [("X-authentik-username", user), ("Cookie", cookie)]
+}
