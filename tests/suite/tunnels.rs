@@ -812,145 +812,6 @@ async fn an_instance_that_is_killed_ends_its_tunnels() {
     }
 }
 
-/// A host of its own on this machine, with a cable to us that can be pulled.
-struct Host {
-    name: String,
-}
-
-fn ip(words: &str) {
-    let done = std::process::Command::new("ip")
-        .args(words.split(' '))
-        .output()
-        .expect("ip, of iproute2");
-    let why = String::from_utf8_lossy(&done.stderr);
-    assert!(
-        done.status.success(),
-        "ip {words}: {why}(network namespaces need root)"
-    );
-}
-
-impl Host {
-    fn new() -> Host {
-        let name = format!("t3d{}", std::process::id());
-        ip(&format!("netns add {name}"));
-        let host = Host { name };
-        let (name, near, far) = (
-            &host.name,
-            format!("n{}", &host.name),
-            format!("f{}", &host.name),
-        );
-        ip(&format!(
-            "link add {near} type veth peer name {far} netns {name}"
-        ));
-        ip(&format!("addr add 10.213.77.1/30 dev {near}"));
-        ip(&format!("link set {near} up"));
-        ip(&format!("-n {name} addr add 10.213.77.2/30 dev {far}"));
-        ip(&format!("-n {name} link set {far} up"));
-        host
-    }
-
-    fn pull_the_cable(&self) {
-        ip(&format!("-n {0} link set f{0} down", self.name));
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        // The cable first: while a process is left in the namespace, that stays.
-        for words in [
-            &["link", "del", &format!("n{}", self.name)][..],
-            &["netns", "del", &self.name],
-        ] {
-            let _ = std::process::Command::new("ip").args(words).status();
-        }
-    }
-}
-
-/// No FIN, no RST, nothing: a client that is gone is noticed within a minute, whether we are silent or sending.
-#[tokio::test]
-async fn a_pulled_cable_is_noticed_within_a_minute() {
-    let host = Host::new();
-    let mut place = Place::with(|mut setup| {
-        setup.ip = std::net::Ipv4Addr::new(10, 213, 77, 1);
-        setup
-            .set("listen", vec!["10.213.77.1:3780"])
-            .set("admin", "10.213.77.1:3781")
-            .set("identity.trusted_proxies", vec!["10.213.77.0/30"])
-    })
-    .await;
-    let script = "exec 3<>/dev/tcp/10.213.77.1/3780; printf 'GET /ws HTTP/1.1\\r\\nHost: a\\r\\nX-authentik-username:                   alice\\r\\nCookie: t3_session=x\\r\\nConnection: Upgrade\\r\\nUpgrade: websocket\\r\\n\\r\\n' >&3;                   cat <&3 > /dev/null";
-    let client = || {
-        let mut command = tokio::process::Command::new("ip");
-        command
-            .args(["netns", "exec", &host.name, "bash", "-c", script])
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap()
-    };
-    let _clients = [client(), client()];
-    let both = async { (place.instance.next().await, place.instance.next().await) };
-    let (_silent, mut sending) = tokio::time::timeout(Duration::from_secs(20), both)
-        .await
-        .expect("two tunnels");
-    Frame::text("hello")
-        .write(&mut sending, None)
-        .await
-        .unwrap();
-    wait_for("both tunnels", async || {
-        place.dispatcher.metric("t3dispatch_tunnels_open").await == 2.0
-    })
-    .await;
-    let start = std::time::Instant::now();
-    host.pull_the_cable();
-    Frame::text("is anybody there?")
-        .write(&mut sending, None)
-        .await
-        .unwrap();
-    while place.dispatcher.records().len() < 2 {
-        assert!(
-            start.elapsed() < Duration::from_secs(60),
-            "{:?}",
-            place.dispatcher.records()
-        );
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    for record in place.dispatcher.records() {
-        let told = [&record["cause"], &record["ended_by"], &record["how"]];
-        assert_eq!(
-            told,
-            [
-                &json!("downstream_closed"),
-                &json!("client"),
-                &json!("timeout")
-            ],
-            "{record:#}"
-        );
-    }
-}
-
-/// The instance's side is watched like the client's. Loopback cannot be pulled, so the kernel's own timers have to do: on
-/// the dispatcher's connection to the instance the keepalive timer runs, and fires within 20 s (proc_pid_net(5), `tr`).
-#[tokio::test]
-async fn a_silent_instance_is_probed() {
-    let mut place = Place::new().await;
-    let (_client, _instance) = place.tunnel("alice").await;
-    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
-    let remote = format!("0100007F:{:04X}", place.instance.port);
-    // The other connection is the one that the session was asked about over; it is kept for a few seconds only.
-    let timers: Vec<&str> = table
-        .lines()
-        .map(|line| line.split_whitespace().collect::<Vec<_>>())
-        .filter(|fields| fields[2] == remote && fields[3] == "01")
-        .filter_map(|fields| fields[5].strip_prefix("02:"))
-        .collect();
-    assert_eq!(timers.len(), 1, "{table}");
-    assert!(
-        u64::from_str_radix(timers[0], 16).unwrap() <= 20 * 100,
-        "{} hundredths of a second",
-        timers[0]
-    );
-}
-
 /// A session that takes long to look for gives no tunnel to somebody who has lost the instance meanwhile.
 #[tokio::test]
 async fn no_tunnel_escapes_a_revocation() {
@@ -1040,4 +901,69 @@ async fn frames_before_the_101_are_our_refusal() {
         (&json!("dispatch_error"), &json!("dispatch")),
         "{record:#}"
     );
+}
+
+/// Makes one end deaf: the kernel throws away whatever comes for it, acknowledgements included, and never answers. To the
+/// other end that is a pulled cable, on loopback too.
+fn deafen(stream: &TcpStream) {
+    // BPF: return 0 bytes of every packet.
+    let nothing = [socket2::SockFilter::new(0x06, 0, 0, 0)];
+    socket2::SockRef::from(stream)
+        .attach_filter(&nothing)
+        .unwrap();
+}
+
+/// The silent rows of the close matrix: either side gone without a word, while the other is silent or sends.
+#[tokio::test]
+async fn silent_death_of_either_side_is_noticed_within_a_minute() {
+    let mut place = Place::new().await;
+    let mut held = Vec::new();
+    for side in ["client", "instance"] {
+        for sending in [false, true] {
+            let (mut client, mut instance) = place.tunnel("alice").await;
+            say(&mut client, &mut instance, "hello", MASK).await;
+            say(&mut instance, &mut client, side, None).await;
+            // What is not acknowledged yet a deaf end would send again, which is a sign of life.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            deafen(if side == "client" { &client } else { &instance });
+            match (side, sending) {
+                ("client", true) => Frame::text("there?")
+                    .write(&mut instance, None)
+                    .await
+                    .unwrap(),
+                ("instance", true) => Frame::text("there?")
+                    .write(&mut client, MASK)
+                    .await
+                    .unwrap(),
+                _ => {}
+            }
+            held.push((client, instance));
+        }
+    }
+    let start = std::time::Instant::now();
+    while place.dispatcher.records().len() < 4 {
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "{:#?}",
+            place.dispatcher.records()
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let told = |record: &Value| {
+        [&record["cause"], &record["ended_by"], &record["how"]]
+            .map(|told| told.as_str().unwrap().to_owned())
+    };
+    let mut told: Vec<_> = place
+        .dispatcher
+        .wait_for_records(4)
+        .await
+        .iter()
+        .map(told)
+        .collect();
+    told.sort();
+    let (down, up) = (
+        ["downstream_closed", "client", "timeout"],
+        ["upstream_closed", "instance", "timeout"],
+    );
+    assert_eq!(told, [down, down, up, up]);
 }
