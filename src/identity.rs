@@ -69,19 +69,23 @@ pub fn client(peer: IpAddr, headers: &HeaderMap, rules: &Identity) -> IpAddr {
     if !trusted(&peer) {
         return peer;
     }
-    let mut told: Vec<IpAddr> = headers
-        .get_all("x-forwarded-for")
-        .iter()
-        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
-        .map_while(|one| std::str::from_utf8(one).ok()?.trim().parse::<IpAddr>().ok())
-        .map(|ip| ip.to_canonical())
-        .collect();
+    let mut told: Vec<IpAddr> = forwarded_for(headers).collect();
     while let Some(ip) = told.pop() {
         if !trusted(&ip) {
             return ip;
         }
     }
     peer
+}
+
+/// The addresses in `X-Forwarded-For`, the client's first. What is no address is left out.
+pub fn forwarded_for(headers: &HeaderMap) -> impl Iterator<Item = IpAddr> {
+    headers
+        .get_all("x-forwarded-for")
+        .into_iter()
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+        .filter_map(|one| std::str::from_utf8(one).ok()?.trim().parse::<IpAddr>().ok())
+        .map(|ip| ip.to_canonical())
 }
 
 /// Whether `name` is another header that CGI-style servers fold into the same variable as `header`: they map every
@@ -192,5 +196,23 @@ mod tests {
             ("xauthentikusername", "bob"),
         ];
         assert_eq!(ask("127.0.0.1", &unlike).as_deref(), Ok("alice"));
+    }
+
+    #[test]
+    fn the_client_is_the_last_address_that_is_no_proxys() {
+        let client = |peer: &str, chain: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("x-forwarded-for", HeaderValue::from_str(chain).unwrap());
+            super::client(peer.parse().unwrap(), &headers, &rules()).to_string()
+        };
+        assert_eq!(client("127.0.0.1", "198.51.100.1"), "198.51.100.1");
+        assert_eq!(
+            client("127.0.0.1", "203.0.113.9, 198.51.100.1, 10.1.0.7"),
+            "198.51.100.1"
+        );
+        // What a client writes itself stands before what the edge adds, and helps it in no way.
+        assert_eq!(client("127.0.0.1", "rubbish, 198.51.100.1"), "198.51.100.1");
+        assert_eq!(client("127.0.0.1", "10.1.0.7"), "127.0.0.1");
+        assert_eq!(client("192.0.2.1", "198.51.100.1"), "192.0.2.1");
     }
 }

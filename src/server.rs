@@ -365,17 +365,17 @@ impl ShutdownSignalWatch for Signals {
                 },
                 outcome = outcome(&mut handing_over) => {
                     let askers = handing_over.take().map(|attempt| attempt.askers).unwrap_or_default();
-                    let taken = match &outcome {
-                        Ok(pid) => { events::replaced(*pid); true }
-                        Err(error) => { events::upgrade_failed(error); false }
-                    };
-                    if let Ok(pid) = &outcome {
-                        upgrade::notify(NotifyState::MainPid(*pid));
+                    match &outcome {
+                        Ok(pid) => {
+                            events::replaced(*pid);
+                            upgrade::notify(NotifyState::MainPid(*pid));
+                        }
+                        Err(error) => events::upgrade_failed(error),
                     }
                     for asker in askers {
                         upgrade::tell(asker, &outcome).await;
                     }
-                    if taken {
+                    if outcome.is_ok() {
                         self.leave(signals, self.drain_limit);
                         return ShutdownSignal::GracefulTerminate;
                     }

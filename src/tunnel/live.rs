@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::Waker;
 use std::time::{Duration, Instant, SystemTime};
@@ -13,7 +13,8 @@ use tokio::sync::Notify;
 use super::{Ender, Facts, How, Sensor, Side};
 use crate::close::{Cause, cause};
 use crate::events;
-use crate::table::Instance;
+use crate::identity::forwarded_for;
+use crate::table::{Instance, unique};
 
 /// How long after an abnormal end a new tunnel of the same person still counts as the reconnect.
 const GAP: Duration = Duration::from_secs(15 * 60);
@@ -79,7 +80,6 @@ struct State {
 }
 
 static LIVE: LazyLock<Mutex<HashMap<u64, Weak<Tunnel>>>> = LazyLock::new(Mutex::default);
-static NEXT: AtomicU64 = AtomicU64::new(1);
 
 /// The abnormal ends that nobody has come back from yet, by user and address.
 static GAPS: LazyLock<Mutex<HashMap<(String, String), Instant>>> = LazyLock::new(Mutex::default);
@@ -91,7 +91,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Tunnel {
     /// A tunnel that somebody asks for now. Notifying `cut` ends its request at once.
     pub fn new(about: About, cut: Arc<Notify>) -> Arc<Tunnel> {
-        let key = NEXT.fetch_add(1, Ordering::Relaxed);
+        let key = unique();
         let state = State {
             sensor: Sensor::new(Instant::now()),
             order: None,
@@ -247,7 +247,7 @@ pub fn cut_revoked() {
     }
 }
 
-static ENDING: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+static ENDING: AtomicBool = AtomicBool::new(false);
 
 fn ending() -> bool {
     ENDING.load(Ordering::Acquire)
@@ -364,14 +364,11 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// The addresses that a request came over: what the edges forwarded, then our own peer. What is no address is left out.
-pub fn chain(forwarded: &http::HeaderMap, peer: Option<IpAddr>) -> Vec<String> {
-    let told = forwarded
-        .get_all("x-forwarded-for")
-        .iter()
-        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
-        .filter_map(|one| std::str::from_utf8(one).ok()?.trim().parse::<IpAddr>().ok());
-    told.chain(peer)
-        .map(|ip| ip.to_canonical().to_string())
+/// The addresses that a request came over: what the edges forwarded, then our own peer.
+pub fn chain(headers: &http::HeaderMap, peer: Option<IpAddr>) -> Vec<String> {
+    let peer = peer.map(|ip| ip.to_canonical());
+    forwarded_for(headers)
+        .chain(peer)
+        .map(|ip| ip.to_string())
         .collect()
 }
