@@ -3,7 +3,8 @@
 //! One YAML file holds Pingora's own keys at its top level and ours under `dispatch`. A file is read whole and every
 //! fault in it is reported at once, each with its key path, the value that was not liked, and what to write instead.
 
-use std::fmt;
+pub(crate) mod section;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,8 +12,12 @@ use std::time::Duration;
 use http::HeaderName;
 use ipnet::IpNet;
 use pingora::server::configuration::ServerConf;
-use serde::de::DeserializeOwned;
 use yaml_serde::{Mapping, Value};
+
+pub use section::{ConfigError, Fault, Secret};
+use section::{
+    Section, address, at_least_one, duration, filled, leg_name, path, plain, shown, whole,
+};
 
 /// Everything that `serve` and `check` need to know, ready to use.
 #[derive(Debug)]
@@ -44,6 +49,8 @@ pub struct Dispatch {
     pub pairing: Pairing,
     /// How WebSockets are kept and accounted for.
     pub tunnels: Tunnels,
+    /// How a prober's legs are known.
+    pub probe: Probe,
 }
 
 /// The section `dispatch.identity`.
@@ -94,47 +101,23 @@ pub struct Tunnels {
     pub drain_limit: Duration,
     /// Whether to count ends of WebSockets by user, too.
     pub per_user_metrics: bool,
+    /// How often a client says something by itself.
+    pub client_heartbeat: Duration,
+    /// After how long without an answer a client gives its WebSocket up.
+    pub client_watchdog: Duration,
 }
 
-/// One thing that is wrong with the settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Fault {
-    /// Path of the key, such as `dispatch.session.check_timeout`; empty where the file as a whole is meant.
-    pub key: String,
-    /// What is wrong with it, and what to write instead.
-    pub what: String,
-}
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.key.is_empty() {
-            f.write_str(&self.what)
-        } else {
-            write!(f, "{}: {}", self.key, self.what)
-        }
-    }
-}
-
-/// Settings that cannot be used: every fault that the file has.
-#[derive(Debug, thiserror::Error)]
-#[error("{file}: {}", list(faults))]
-pub struct ConfigError {
-    /// The file, as it was named.
-    pub file: String,
-    /// All of its faults, never empty.
-    pub faults: Vec<Fault>,
-}
-
-/// One fault on the line of the file, several below it.
-fn list(faults: &[Fault]) -> String {
-    match faults {
-        [only] => only.to_string(),
-        many => many
-            .iter()
-            .fold(format!("{} faults", many.len()), |text, fault| {
-                format!("{text}\n  {fault}")
-            }),
-    }
+/// The section `dispatch.probe`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Probe {
+    /// What a leg has to show; without one there are no legs, only echoes.
+    pub token: Option<Secret>,
+    /// How often an instance with open WebSockets is asked for a sign of life.
+    pub heartbeat: Duration,
+    /// Name of the leg that takes the whole way of a person's traffic.
+    pub edge_leg: String,
+    /// Name of the leg that begins at the load balancer.
+    pub internal_leg: String,
 }
 
 impl Settings {
@@ -149,18 +132,7 @@ impl Settings {
                 faults,
             });
         };
-        std::fs::read_to_string(file)
-            .map_err(|error| {
-                vec![Fault {
-                    key: String::new(),
-                    what: format!("cannot be read: {error}; name a readable settings file with -c"),
-                }]
-            })
-            .and_then(|text| Settings::parse(&text))
-            .map_err(|faults| ConfigError {
-                file: file.display().to_string(),
-                faults,
-            })
+        section::load(file, Settings::parse)
     }
 
     /// The meaning of a settings file's text.
@@ -168,12 +140,7 @@ impl Settings {
     /// # Errors
     /// All faults of the text.
     pub fn parse(text: &str) -> Result<Settings, Vec<Fault>> {
-        let mut top = match yaml_serde::from_str(text) {
-            Ok(Value::Mapping(map)) => map,
-            Ok(Value::Null) => Mapping::new(),
-            Ok(_) => return Err(vec![whole("is not a mapping of keys to values")]),
-            Err(error) => return Err(vec![whole(format!("is not YAML: {error}"))]),
-        };
+        let mut top = section::mapping(text)?;
         let mut faults = Vec::new();
         let ours = top.remove("dispatch").unwrap_or(Value::Null);
         let dispatch = Dispatch::read(Section::new("dispatch".into(), ours, &mut faults));
@@ -187,13 +154,6 @@ impl Settings {
         } else {
             Err(faults)
         }
-    }
-}
-
-fn whole(what: impl Into<String>) -> Fault {
-    Fault {
-        key: String::new(),
-        what: what.into(),
     }
 }
 
@@ -269,9 +229,34 @@ impl Dispatch {
                     }),
                     drain_limit: section.take("drain_limit", "24h", duration),
                     per_user_metrics: section.take("per_user_metrics", false, Ok),
+                    client_heartbeat: section.take("client_heartbeat", "5s", duration),
+                    client_watchdog: section.take("client_watchdog", "20s", duration),
                 };
+                if tunnels.client_watchdog <= tunnels.client_heartbeat {
+                    section.fault(
+                        "client_watchdog",
+                        "is not longer than client_heartbeat: a client waits for more than one heartbeat",
+                    );
+                }
                 section.finish();
                 tunnels
+            },
+            probe: {
+                let mut section = section.section("probe");
+                let probe = Probe {
+                    token: section.token(),
+                    heartbeat: section.take("heartbeat", "10s", duration),
+                    edge_leg: section.take("edge_leg", "cloudflare", leg_name),
+                    internal_leg: section.take("internal_leg", "internal", leg_name),
+                };
+                if probe.edge_leg == probe.internal_leg {
+                    section.fault(
+                        "internal_leg",
+                        "is the edge leg as well: name two legs that differ",
+                    );
+                }
+                section.finish();
+                probe
             },
         };
         if dispatch.listen.is_empty() && !section.is_faulty("listen") {
@@ -300,107 +285,6 @@ impl Dispatch {
         }
         section.finish();
         dispatch
-    }
-}
-
-/// A mapping that is read key by key. What nobody asked for by the time of [`Section::finish`] is unknown.
-struct Section<'a> {
-    path: String,
-    map: Mapping,
-    known: Vec<&'static str>,
-    faults: &'a mut Vec<Fault>,
-}
-
-impl<'a> Section<'a> {
-    fn new(path: String, value: Value, faults: &'a mut Vec<Fault>) -> Section<'a> {
-        let map = match value {
-            Value::Mapping(map) => map,
-            Value::Null => Mapping::new(),
-            other => {
-                faults.push(Fault {
-                    key: path.clone(),
-                    what: format!("{} is not a mapping of keys to values", shown(&other)),
-                });
-                Mapping::new()
-            }
-        };
-        Section {
-            path,
-            map,
-            known: Vec::new(),
-            faults,
-        }
-    }
-
-    fn section(&mut self, key: &'static str) -> Section<'_> {
-        self.known.push(key);
-        let value = self.map.remove(key).unwrap_or(Value::Null);
-        Section::new(format!("{}.{key}", self.path), value, self.faults)
-    }
-
-    /// The meaning of `key`, or of `default`, which is written as it would be in the file, where it is absent.
-    fn take<W: DeserializeOwned, T>(
-        &mut self,
-        key: &'static str,
-        default: impl serde::Serialize,
-        meaning: impl Fn(W) -> Result<T, String>,
-    ) -> T {
-        self.known.push(key);
-        let read = |value: &Value| {
-            yaml_serde::from_value(value.clone())
-                .map_err(|error| format!("{} is not usable: {error}", shown(value)))
-                .and_then(&meaning)
-        };
-        let written = self.map.remove(key).map(|value| read(&value));
-        match written {
-            Some(Ok(meant)) => meant,
-            written => {
-                if let Some(Err(what)) = written {
-                    self.fault(key, what);
-                }
-                let default = yaml_serde::to_value(default).unwrap_or(Value::Null);
-                read(&default).expect("a default is a valid setting")
-            }
-        }
-    }
-
-    /// The meaning of a list, each of whose faults is told by its place.
-    fn take_list<T>(
-        &mut self,
-        key: &'static str,
-        default: &[&str],
-        meaning: impl Fn(String) -> Result<T, String>,
-    ) -> Vec<T> {
-        let texts: Vec<String> = self.take(key, default, Ok);
-        let mut meant = Vec::new();
-        for (position, text) in texts.into_iter().enumerate() {
-            match meaning(text) {
-                Ok(one) => meant.push(one),
-                Err(what) => self.fault(&format!("{key}[{position}]"), what),
-            }
-        }
-        meant
-    }
-
-    /// Whether a fault in `key` or in a part of it has been told.
-    fn is_faulty(&self, key: &str) -> bool {
-        let key = format!("{}.{key}", self.path);
-        self.faults.iter().any(|fault| fault.key.starts_with(&key))
-    }
-
-    fn fault(&mut self, key: &str, what: impl Into<String>) {
-        self.faults.push(Fault {
-            key: format!("{}.{key}", self.path),
-            what: what.into(),
-        });
-    }
-
-    fn finish(mut self) {
-        let unknown: Vec<String> = self.map.keys().map(plain).collect();
-        for key in unknown {
-            let what = format!("is not a key here; the keys are {}", self.known.join(", "));
-            self.fault(&key, what);
-        }
     }
 }
 
@@ -456,25 +340,6 @@ fn read_pingora(top: Mapping, faults: &mut Vec<Fault>) -> (ServerConf, Vec<Strin
     (conf, warnings)
 }
 
-/// A value on one line, as a person would recognise it.
-fn shown(value: &Value) -> String {
-    serde_json::to_string(value).unwrap_or_else(|_| "this value".into())
-}
-
-/// A key, which is nearly always a string, without quotes.
-fn plain(key: &Value) -> String {
-    key.as_str().map_or_else(|| shown(key), str::to_owned)
-}
-
-fn address(text: String) -> Result<SocketAddr, String> {
-    match text.parse::<SocketAddr>() {
-        Ok(address) if address.port() != 0 => Ok(address),
-        _ => Err(format!(
-            "{text:?} is not an IP address with a port: write for example 0.0.0.0:3780 or [::]:3780"
-        )),
-    }
-}
-
 /// Whether both cannot be listened on at once. An unspecified IPv6 address takes IPv4 too.
 fn overlap(a: &SocketAddr, b: &SocketAddr) -> bool {
     let covers = |one: &SocketAddr, other: &SocketAddr| {
@@ -487,15 +352,6 @@ fn network(text: String) -> Result<IpNet, String> {
     text.parse::<IpNet>()
         .or_else(|_| text.parse().map(|one: std::net::IpAddr| IpNet::from(one)))
         .map_err(|_| format!("{text:?} is not a network: write for example 10.0.0.0/8 or ::1/128"))
-}
-
-fn duration(text: String) -> Result<Duration, String> {
-    match humantime::parse_duration(&text) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
-        _ => Err(format!(
-            "{text:?} is not a duration above zero: write for example 60s or 500ms"
-        )),
-    }
 }
 
 fn header_name(text: String) -> Result<HeaderName, String> {
@@ -517,17 +373,6 @@ fn header_name(text: String) -> Result<HeaderName, String> {
     }
 }
 
-fn path(text: String) -> Result<String, String> {
-    // It goes into a request line, so nothing may end that line or the path in it.
-    if text.starts_with('/') && text.bytes().all(|byte| byte.is_ascii_graphic()) {
-        Ok(text)
-    } else {
-        Err(format!(
-            "{text:?} is not a path: it begins with / and has no blanks"
-        ))
-    }
-}
-
 fn origin(text: String) -> Result<String, String> {
     match text.split_once("://") {
         Some(("http" | "https", host)) if !host.is_empty() && !host.contains('/') => {
@@ -536,17 +381,5 @@ fn origin(text: String) -> Result<String, String> {
         _ => Err(format!(
             "{text:?} is not an origin: write for example https://t3.example.com"
         )),
-    }
-}
-
-fn at_least_one(number: usize) -> Result<usize, String> {
-    filled(number, |number| *number == 0, "at least 1")
-}
-
-fn filled<T: fmt::Debug>(value: T, empty: impl Fn(&T) -> bool, wanted: &str) -> Result<T, String> {
-    if empty(&value) {
-        Err(format!("{value:?} is not enough: write {wanted}"))
-    } else {
-        Ok(value)
     }
 }
