@@ -89,7 +89,7 @@ fn the_sample_has_every_key_with_its_default() {
     let (sampled, default) = (parse(sample), parse(""));
     assert!(sampled.warnings.is_empty(), "{:?}", sampled.warnings);
     assert_eq!(sampled.dispatch, default.dispatch);
-    let source = include_str!("../../src/config.rs");
+    let source = include_str!("../../src/config/mod.rs");
     let taken = source
         .split("section.take")
         .skip(1)
