@@ -1,11 +1,11 @@
 //! From what a tunnel's sensor saw to the cause of its end: pure.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::tunnel::{Ender, Facts, How};
 
 /// Why a tunnel ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
     /// By a Close handshake, or a Close frame and then the end.
@@ -63,7 +63,7 @@ pub fn cause(facts: &Facts) -> Cause {
 mod tests {
     use super::*;
     use crate::tunnel::{Sensor, Side};
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     #[test]
     fn the_first_end_decides() {
@@ -86,7 +86,7 @@ mod tests {
             let now = Instant::now();
             let facts = Facts {
                 first,
-                ..Sensor::new(now).facts(now)
+                ..Sensor::new(now, Duration::MAX).facts(now)
             };
             assert_eq!(cause(&facts), expected, "{first:?}");
         }
@@ -99,7 +99,7 @@ mod tests {
             (Side::Client, Side::Instance),
             (Side::Instance, Side::Client),
         ] {
-            let mut sensor = Sensor::new(now);
+            let mut sensor = Sensor::new(now, Duration::MAX);
             sensor.bytes(closes, &[0x88, 0x02, 0x03, 0xe8], now);
             sensor.end(goes, How::Rst, now);
             let facts = sensor.facts(now);
@@ -109,7 +109,7 @@ mod tests {
             );
         }
         // A Close frame after the end saves nothing.
-        let mut sensor = Sensor::new(now);
+        let mut sensor = Sensor::new(now, Duration::MAX);
         sensor.end(Side::Client, How::Fin, now);
         sensor.bytes(Side::Instance, &[0x88, 0x02, 0x03, 0xe8], now);
         assert_eq!(cause(&sensor.facts(now)), Cause::DownstreamClosed);

@@ -19,8 +19,10 @@ use crate::forward;
 use crate::gate::how;
 use crate::identity::{IdentityError, client, who};
 use crate::instance::{Caller, address};
+use crate::judge;
 use crate::pair::Pairer;
 use crate::probe::echo;
+use crate::probe::far::{self, Far};
 use crate::refuse::{Refusal, answer};
 use crate::session::{
     Verdict, accepts_html, has_session_cookie, is_document_navigation, read_check, session_cookies,
@@ -28,6 +30,7 @@ use crate::session::{
 use crate::table::{Instance, Tables, unique};
 use crate::tunnel::live::{self, About, Order, Tunnel};
 use crate::tunnel::{How, Side};
+use crate::verdict::Rules;
 
 /// How long a client's unused connection is kept. Pingora would keep it for ever after its first request.
 const KEEPALIVE_SECONDS: u64 = 75;
@@ -38,6 +41,7 @@ pub struct Dispatcher(Arc<Inner>);
 /// Everything that outlives a request.
 struct Inner {
     settings: Dispatch,
+    rules: Rules,
     tables: Arc<Tables>,
     caller: Arc<Caller>,
     pairer: Arc<Pairer>,
@@ -101,6 +105,7 @@ impl Dispatcher {
         let caller = Arc::new(Caller::default());
         let pairer = Pairer::new(settings.pairing.clone(), caller.clone());
         Dispatcher(Arc::new(Inner {
+            rules: judge::rules(&settings.tunnels),
             settings,
             tables,
             caller,
@@ -215,8 +220,11 @@ impl Inner {
         let Some(peer) = client_ip(session) else {
             return refuse(session, ctx, Refusal::Internal, None).await;
         };
-        let client = client(peer, &session.req_header().headers, &self.settings.identity);
-        match echo::serve(session, client).await {
+        let request = session.req_header();
+        let client = client(peer, &request.headers, &self.settings.identity);
+        let leg = far::leg(request.uri.query(), &request.headers, &self.settings.probe)
+            .and_then(|leg| Far::open(leg, self.rules.stall()));
+        match echo::serve(session, client, leg).await {
             Ok(Err(refusal)) => refuse(session, ctx, refusal, None).await,
             // However it ended, it is over and there is nothing to answer.
             Ok(Ok(())) | Err(_) => Ok(true),
@@ -401,7 +409,11 @@ impl ProxyHttp for Dispatcher {
         }
         if upgrade {
             let cut = CUT.try_with(Arc::clone).unwrap_or_default();
-            ctx.tunnel = Some(Tunnel::new(about(session, &user, &instance), cut));
+            ctx.tunnel = Some(Tunnel::new(
+                about(session, &user, &instance),
+                &self.0.rules,
+                cut,
+            ));
         }
         // Looking for the session may have taken seconds, in which the table may have taken the instance away. The tunnel
         // is known to the revocation by now, so that none escapes it.

@@ -72,6 +72,7 @@ impl Connect for GatedConnect {
             response: Response::Head(Vec::new()),
             patience: Box::pin(tokio::time::sleep(HANDSHAKE)),
             written: 0,
+            stuck: false,
             ending: Ending::No,
         };
         Ok(VirtualSocketStream::new(Box::new(gated)).into())
@@ -130,6 +131,8 @@ struct Gated {
     patience: Pin<Box<Sleep>>,
     /// Bytes of the client's that were written to the instance.
     written: u64,
+    /// Whether the instance has not taken what was to be written last.
+    stuck: bool,
     ending: Ending,
 }
 
@@ -150,15 +153,22 @@ impl Gated {
         match &result {
             Poll::Ready(Ok(_)) if self.stage == Stage::Fresh => self.stage = Stage::HeadWritten,
             Poll::Ready(Ok(written)) if matches!(self.response, Response::Frames) => {
-                self.written += *written as u64
+                self.written += *written as u64;
+                if std::mem::take(&mut self.stuck) {
+                    self.tunnel.takes(Side::Instance, true);
+                }
             }
             Poll::Ready(Err(error)) => {
                 self.tunnel.end(Side::Instance, how(error));
                 // There will be no second flush; whoever reads learns what is wrong.
                 self.open();
             }
-            Poll::Pending if self.tunnel.order_or_wake(cx.waker()).is_some() => {
-                return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+            Poll::Pending => {
+                self.stuck = true;
+                self.tunnel.takes(Side::Instance, false);
+                if self.tunnel.order_or_wake(cx.waker()).is_some() {
+                    return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+                }
             }
             _ => {}
         }
@@ -282,6 +292,8 @@ impl AsyncRead for Gated {
             this.reader = Some(cx.waker().clone());
             return Poll::Pending;
         }
+        // Pingora asks for more, so the client has taken what there was.
+        this.tunnel.takes(Side::Client, true);
         if let Some(order) = this.tunnel.order_or_wake(cx.waker()) {
             return this.poll_end(order, cx, buf);
         }

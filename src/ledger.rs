@@ -1,11 +1,14 @@
-//! The ledger: one JSON line for each tunnel that ended, in a file that an old and a new process share.
+//! The ledger: one JSON line for each tunnel that ended, in a file that an old and a new process share; and beside it the
+//! evidence that verdicts lean on. A verdict that came later has a line of its own.
 //!
 //! A thread of its own writes, so that a slow, full or read-only disk costs lines, which are counted, and nothing else.
 //! Every line is appended whole under a lock on the file; whoever finds the file full moves it aside, keeping one
 //! predecessor.
 
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::ops::ControlFlow;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -21,7 +24,10 @@ use crate::events;
 /// Lines that may wait for the disk.
 const WAITING: usize = 4096;
 
-static SENDER: OnceLock<SyncSender<String>> = OnceLock::new();
+/// A line, and whether it is evidence.
+type Line = (String, bool);
+
+static SENDER: OnceLock<SyncSender<Line>> = OnceLock::new();
 static PENDING: AtomicUsize = AtomicUsize::new(0);
 
 /// Where the ledger is, and when its file is full.
@@ -48,21 +54,37 @@ impl Ledger {
         Ok(())
     }
 
-    fn write_all(&self, lines: &Receiver<String>) {
-        let mut file = None;
+    fn write_all(&self, lines: &Receiver<Line>) {
+        let evidence = self.evidence();
+        let (mut closes_file, mut evidence_file) = (None, None);
         let mut failing = false;
-        for line in lines {
-            match self.append(&mut file, &line) {
+        for (line, is_evidence) in lines {
+            let (ledger, file) = if is_evidence {
+                (&evidence, &mut evidence_file)
+            } else {
+                (self, &mut closes_file)
+            };
+            match ledger.append(file, &line) {
                 Ok(()) => failing = false,
                 Err(error) => {
-                    file = None;
+                    *file = None;
                     events::ledger_line_lost();
                     if !std::mem::replace(&mut failing, true) {
-                        events::ledger_failing(&self.path, &error);
+                        events::ledger_failing(&ledger.path, &error);
                     }
                 }
             }
             PENDING.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    /// The file beside it that holds the evidence, so that the ledger itself has one line for each end.
+    pub fn evidence(&self) -> Ledger {
+        let mut path = self.path.with_extension("").into_os_string();
+        path.push(".evidence.jsonl");
+        Ledger {
+            path: path.into(),
+            limit: self.limit,
         }
     }
 
@@ -95,7 +117,7 @@ impl Ledger {
         }
     }
 
-    /// The newest records that fit, the newest first.
+    /// The newest records that fit, the newest first, each with its verdict under `verdict`.
     ///
     /// # Errors
     /// When the file is there and cannot be read.
@@ -106,33 +128,103 @@ impl Ledger {
         limit: usize,
     ) -> io::Result<Vec<Value>> {
         let mut found = Vec::new();
+        // A verdict comes later than its record, so it is met first.
+        let mut verdicts = HashMap::new();
+        self.read_back(|mut line| {
+            if let Some(key) = line["verdict_of"].as_str() {
+                verdicts.insert(key.to_owned(), line["verdict"].take());
+                return ControlFlow::Continue(());
+            }
+            let verdict = line["key"].as_str().and_then(|key| verdicts.remove(key));
+            if let Some(verdict) = verdict {
+                line["verdict"] = verdict;
+            }
+            let at = time(&line);
+            if since.is_some_and(|since| at.is_some_and(|at| at + OUT_OF_ORDER < since)) {
+                return ControlFlow::Break(());
+            }
+            if user.is_none_or(|user| line["user"] == user)
+                && since.is_none_or(|since| at >= Some(since))
+            {
+                found.push(line);
+            }
+            if found.len() < limit {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(())
+            }
+        })?;
+        Ok(found)
+    }
+
+    /// The lines between two times, the oldest first.
+    ///
+    /// # Errors
+    /// When the file is there and cannot be read.
+    pub fn between(&self, from: SystemTime, to: SystemTime) -> io::Result<Vec<Value>> {
+        let mut found = Vec::new();
+        self.read_back(|line| {
+            match time(&line) {
+                Some(at) if at + OUT_OF_ORDER < from => return ControlFlow::Break(()),
+                Some(at) if (from..=to).contains(&at) => found.push(line),
+                _ => {}
+            }
+            ControlFlow::Continue(())
+        })?;
+        found.reverse();
+        Ok(found)
+    }
+
+    /// Shows the lines of the file and its predecessor, the last one first, until it is told to stop.
+    fn read_back(&self, mut show: impl FnMut(Value) -> ControlFlow<()>) -> io::Result<()> {
         for path in [self.path.clone(), predecessor(&self.path)] {
-            let mut text = Vec::new();
-            match File::open(&path) {
-                Ok(mut file) => file.read_to_end(&mut text)?,
+            let mut file = match File::open(&path) {
+                Ok(file) => file,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(error),
             };
-            for line in text.split(|byte| *byte == b'\n').rev() {
-                if found.len() >= limit {
-                    return Ok(found);
-                }
-                // A line that was cut, or is not ours, is no record.
-                let Ok(record @ Value::Object(_)) = serde_json::from_slice::<Value>(line) else {
-                    continue;
+            let mut left = file.metadata()?.len();
+            // The beginning of a line whose rest has been read.
+            let mut rest = Vec::new();
+            while left > 0 {
+                let step = left.min(READ_BACK);
+                left -= step;
+                let mut text = vec![0; step as usize];
+                file.seek(SeekFrom::Start(left))?;
+                file.read_exact(&mut text)?;
+                text.append(&mut rest);
+                let begins = match text.iter().position(|byte| *byte == b'\n') {
+                    Some(end) if left > 0 => end,
+                    None if left > 0 => {
+                        rest = text;
+                        continue;
+                    }
+                    _ => 0,
                 };
-                let at = record["time"]
-                    .as_str()
-                    .and_then(|time| humantime::parse_rfc3339(time).ok());
-                if user.is_none_or(|user| record["user"] == user)
-                    && since.is_none_or(|since| at >= Some(since))
-                {
-                    found.push(record);
+                for line in text[begins..].split(|byte| *byte == b'\n').rev() {
+                    // A line that was cut, or is not ours, is no record.
+                    if let Ok(line @ Value::Object(_)) = serde_json::from_slice::<Value>(line)
+                        && show(line).is_break()
+                    {
+                        return Ok(());
+                    }
                 }
+                text.truncate(begins);
+                rest = text;
             }
         }
-        Ok(found)
+        Ok(())
     }
+}
+
+/// How far behind its neighbours a line may stand: processes write side by side, and clocks are set.
+const OUT_OF_ORDER: Duration = Duration::from_secs(60);
+
+/// How much of a file is read at a time.
+const READ_BACK: u64 = 1 << 18;
+
+fn time(line: &Value) -> Option<SystemTime> {
+    humantime::parse_rfc3339(line["time"].as_str()?).ok()
 }
 
 fn predecessor(path: &Path) -> PathBuf {
@@ -161,8 +253,17 @@ fn append_whole(mut file: &File, size: u64, line: &str) -> io::Result<()> {
     })
 }
 
-/// Hands a line to the writer. It never waits.
+/// Hands a line of the ledger to the writer. It never waits.
 pub fn append(line: String) {
+    send((line, false));
+}
+
+/// Hands a line of evidence to the writer. It never waits.
+pub fn append_evidence(line: String) {
+    send((line, true));
+}
+
+fn send(line: Line) {
     let Some(sender) = SENDER.get() else { return };
     PENDING.fetch_add(1, Ordering::AcqRel);
     if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = sender.try_send(line) {

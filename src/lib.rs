@@ -9,10 +9,12 @@
 //! 5. [`instance`]: our own HTTP calls to an instance, for the session check and the exchange.
 //! 6. [`forward`]: the peer's options and the headers, out and back; Pingora does the rest.
 //! 7. [`tunnel`]: the sensor of one WebSocket; [`gate`] is the connection under it; [`close`] says why it ended.
+//! 8. [`judge`] keeps a drop until the evidence is in; [`verdict`] says whose fault it was.
 //!
 //! Beside the walk stand [`refuse`] (every answer that is a refusal), [`events`] (every log line and metric), [`ledger`]
-//! (a line for each WebSocket that ended), [`probe`] (the echo), [`config`] (settings), [`server`] (listeners and signals),
-//! [`upgrade`] (handing over to a new process), [`admin`] (the operator's listener), [`check`] and [`cli`].
+//! (a line for each WebSocket that ended), [`evidence`] (what was seen of legs, instances and this process), [`probe`] (the
+//! echo and its far ends of legs, the legs to instances, the host), [`config`] (settings), [`server`] (listeners and
+//! signals), [`upgrade`] (handing over to a new process), [`admin`] (the operator's listener), [`check`] and [`cli`].
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
@@ -23,10 +25,12 @@ pub mod close;
 pub mod config;
 pub mod dispatch;
 pub mod events;
+pub mod evidence;
 pub mod forward;
 pub mod gate;
 pub mod identity;
 pub mod instance;
+pub mod judge;
 pub mod ledger;
 pub mod mint;
 pub mod pair;
@@ -37,3 +41,4 @@ pub mod session;
 pub mod table;
 pub mod tunnel;
 pub mod upgrade;
+pub mod verdict;

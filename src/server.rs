@@ -23,8 +23,11 @@ use crate::config::Settings;
 use crate::dispatch::{Dispatcher, requests_in_flight, until_cut};
 use crate::events;
 use crate::forward::keepalive;
+use crate::judge::{self, Judge};
 use crate::ledger::{self, Ledger};
 use crate::mint::end_mints;
+use crate::probe::host;
+use crate::probe::serve::ServeLegs;
 use crate::table::{TableError, Tables, Watcher};
 use crate::tunnel::live;
 use crate::upgrade::{self, Handover, Keeper, Message, UpgradeError};
@@ -159,6 +162,14 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
         path: tunnels.ledger.clone(),
         limit: tunnels.ledger_max_mb << 20,
     };
+    let judge = Judge::new(&dispatch, &ledger);
+    let rules = judge::rules(&dispatch.tunnels);
+    let serve_legs = ServeLegs::new(
+        dispatch.session.check_path.clone(),
+        dispatch.probe.heartbeat,
+        rules.stall(),
+        rules.watchdog * 2,
+    );
     let dispatcher = Dispatcher::new(dispatch.clone(), tables.clone());
     let proxy = LastAnswers {
         proxy: Arc::new(http_proxy(&server.configuration, dispatcher)),
@@ -187,6 +198,8 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
         "table",
         Watcher::new(tables.clone(), dispatch.table_poll),
     ));
+    server.add_service(background_service("judge", judge));
+    server.add_service(background_service("serve-legs", serve_legs));
     server.add_service(background_service(
         "revoke",
         Revoker {
@@ -222,6 +235,7 @@ impl HttpServerApp for LastAnswers {
         session: ServerSession,
         shutdown: &ShutdownWatch,
     ) -> Option<ReusedHttpStream> {
+        host::watch();
         until_cut(self.proxy.process_new_http(session, shutdown)).await
     }
 
@@ -368,6 +382,7 @@ impl ShutdownSignalWatch for Signals {
                     match &outcome {
                         Ok(pid) => {
                             events::replaced(*pid);
+                            judge::replaced();
                             upgrade::notify(NotifyState::MainPid(*pid));
                         }
                         Err(error) => events::upgrade_failed(error),
@@ -514,6 +529,7 @@ async fn end_tunnels(grace: Duration) {
 fn last_words() {
     end_mints();
     live::close_all_books();
+    judge::last_words();
     ledger::flush(LAST_RECORDS);
 }
 

@@ -5,16 +5,19 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::Waker;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use super::{Ender, Facts, How, Sensor, Side};
 use crate::close::{Cause, cause};
 use crate::events;
+use crate::evidence::{self, Millis};
 use crate::identity::forwarded_for;
+use crate::judge;
 use crate::table::{Instance, unique};
+use crate::verdict::{Rules, Verdict, Witness, is_talkative};
 
 /// How long after an abnormal end a new tunnel of the same person still counts as the reconnect.
 const GAP: Duration = Duration::from_secs(15 * 60);
@@ -65,6 +68,8 @@ impl Order {
 pub struct Tunnel {
     about: About,
     key: u64,
+    /// When it was asked for.
+    asked: Millis,
     /// Ends the whole request, whatever it waits for.
     cut: Arc<Notify>,
     state: Mutex<State>,
@@ -89,11 +94,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Tunnel {
-    /// A tunnel that somebody asks for now. Notifying `cut` ends its request at once.
-    pub fn new(about: About, cut: Arc<Notify>) -> Arc<Tunnel> {
+    /// A tunnel that somebody asks for now, of a client that follows `rules`. Notifying `cut` ends its request at once.
+    pub fn new(about: About, rules: &Rules, cut: Arc<Notify>) -> Arc<Tunnel> {
         let key = unique();
         let state = State {
-            sensor: Sensor::new(Instant::now()),
+            sensor: Sensor::new(Instant::now(), rules.gap()),
             order: None,
             reader: None,
             gap: None,
@@ -102,6 +107,7 @@ impl Tunnel {
         let tunnel = Arc::new(Tunnel {
             about,
             key,
+            asked: evidence::now(),
             cut,
             state: Mutex::new(state),
         });
@@ -120,6 +126,7 @@ impl Tunnel {
         state.sensor.open(Instant::now());
         state.gap = gap;
         drop(state);
+        judge::opened();
         events::tunnel_opened(&self.about, gap);
     }
 
@@ -127,6 +134,11 @@ impl Tunnel {
     pub fn bytes(&self, side: Side, bytes: &[u8]) {
         let messages = lock(&self.state).sensor.bytes(side, bytes, Instant::now());
         events::tunnel_bytes(side, bytes.len() as u64, messages);
+    }
+
+    /// As [`Sensor::takes`].
+    pub fn takes(&self, side: Side, takes: bool) {
+        lock(&self.state).sensor.takes(side, takes, Instant::now());
     }
 
     /// `side` has ended, in that way.
@@ -199,7 +211,8 @@ impl Tunnel {
             }
             (state.sensor.facts(Instant::now()), state.order, state.gap)
         };
-        let record = Record::new(&self.about, &facts, order, gap);
+        let key = format!("{}-{}-{}", self.asked, std::process::id(), self.key);
+        let mut record = Record::new(&self.about, key, &facts, order, gap);
         if facts.opened && record.cause != Cause::Graceful {
             let mut gaps = lock(&GAPS);
             gaps.retain(|_, at| at.elapsed() < GAP);
@@ -208,7 +221,9 @@ impl Tunnel {
                 Instant::now(),
             );
         }
+        record.verdict = judge::at_once(&record);
         events::tunnel_closed(&record);
+        judge::ended(record, self.about.instance.clone());
     }
 }
 
@@ -221,6 +236,44 @@ impl Drop for Tunnel {
 
 fn live() -> Vec<Arc<Tunnel>> {
     lock(&LIVE).values().filter_map(Weak::upgrade).collect()
+}
+
+/// The instances that have tunnels.
+pub fn instances() -> Vec<Arc<Instance>> {
+    let mut instances: Vec<_> = live()
+        .iter()
+        .filter(|tunnel| lock(&tunnel.state).sensor.opened())
+        .map(|tunnel| tunnel.about.instance.clone())
+        .collect();
+    instances.sort_unstable_by_key(|instance| instance.port);
+    instances.dedup_by_key(|instance| instance.port);
+    instances
+}
+
+/// What the open tunnels show of their people's connections.
+pub fn witnesses(rules: &Rules) -> Vec<Witness> {
+    let (now, at) = (Instant::now(), evidence::now());
+    let since =
+        |instant: Instant| at - now.saturating_duration_since(instant).as_millis() as Millis;
+    let witness = |tunnel: Arc<Tunnel>| {
+        let state = lock(&tunnel.state);
+        let (heard, gap) = state.sensor.client_heard();
+        let (heard, gap) = (since(heard), gap.map(|(from, to)| (since(from), since(to))));
+        state.sensor.opened().then(|| Witness {
+            user: tunnel.about.user.clone(),
+            ip: tunnel.about.ip.clone(),
+            opened: tunnel.asked,
+            heard,
+            gap,
+            talkative: is_talkative(
+                state.sensor.client_messages(),
+                heard - tunnel.asked - gap.map_or(0, |(from, to)| to - from),
+                rules,
+            ),
+            ended: None,
+        })
+    };
+    live().into_iter().filter_map(witness).collect()
 }
 
 /// Number of tunnels, open or asked for.
@@ -270,10 +323,12 @@ pub fn close_all_books() {
 }
 
 /// What is left of a tunnel: a line of the ledger.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// When it ended, RFC 3339 in UTC.
     pub time: String,
+    /// What its verdict names it by.
+    pub key: String,
     /// Who had it.
     pub user: String,
     /// The instance's OS user.
@@ -304,12 +359,27 @@ pub struct Record {
     pub instance: SentRecord,
     /// For how long the oldest client message had waited for anything from the instance, in milliseconds.
     pub unanswered_ms: Option<u64>,
+    /// The client's last long silence that was over before the end.
+    #[serde(default)]
+    pub gap: Option<GapRecord>,
     /// Seconds since the same user's last tunnel from the same address ended badly.
     pub ws_gap_seconds: Option<f64>,
+    /// Whose fault it was; absent while the evidence is still coming in.
+    #[serde(default)]
+    pub verdict: Option<Verdict>,
+}
+
+/// A silence, in a [`Record`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GapRecord {
+    /// How long it was.
+    pub length_ms: u64,
+    /// How long before the end it was over.
+    pub ago_ms: u64,
 }
 
 /// What one side sent, in a [`Record`].
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SentRecord {
     /// Bytes, frame heads included.
     pub bytes: u64,
@@ -321,16 +391,26 @@ pub struct SentRecord {
     pub silence_ms: u64,
     /// Whether it ended within a frame.
     pub mid_frame: bool,
+    /// For how long bytes had been waiting for this side to take them.
+    #[serde(default)]
+    pub untaken_ms: Option<u64>,
 }
 
 impl Record {
-    fn new(about: &About, facts: &Facts, order: Option<Order>, gap: Option<Duration>) -> Record {
+    fn new(
+        about: &About,
+        key: String,
+        facts: &Facts,
+        order: Option<Order>,
+        gap: Option<Duration>,
+    ) -> Record {
         let sent = |sent: &super::Sent| SentRecord {
             bytes: sent.bytes,
             messages: sent.messages,
             longest_silence_ms: millis(sent.longest_silence),
             silence_ms: millis(sent.silence),
             mid_frame: sent.mid_frame,
+            untaken_ms: sent.untaken.map(millis),
         };
         let code = match facts.first {
             Some((Ender::Client, How::Close)) => facts.client.close_code,
@@ -339,7 +419,8 @@ impl Record {
             _ => None,
         };
         Record {
-            time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+            time: humantime::format_rfc3339_millis(SystemTime::now() - facts.ago).to_string(),
+            key,
             user: about.user.clone(),
             os_user: about.instance.os_user.to_string(),
             port: about.instance.port,
@@ -355,8 +436,25 @@ impl Record {
             client: sent(&facts.client),
             instance: sent(&facts.instance),
             unanswered_ms: facts.unanswered.map(millis),
+            gap: facts.gap.map(|gap| GapRecord {
+                length_ms: millis(gap.length),
+                ago_ms: millis(gap.ago),
+            }),
             ws_gap_seconds: gap.map(|gap| gap.as_secs_f64()),
+            verdict: None,
         }
+    }
+
+    /// When it ended.
+    pub fn ended(&self) -> Millis {
+        let time = humantime::parse_rfc3339(&self.time).unwrap_or(UNIX_EPOCH);
+        let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        since.as_millis() as Millis
+    }
+
+    /// Who ended it first, and how.
+    pub fn first(&self) -> Option<(Ender, How)> {
+        self.ended_by.zip(self.how)
     }
 }
 

@@ -9,10 +9,10 @@ pub mod live;
 use std::time::{Duration, Instant};
 
 use heads::Heads;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// One of the two ends of a tunnel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Side {
     /// The browser, or the edge before it.
@@ -22,7 +22,7 @@ pub enum Side {
 }
 
 /// Who ended a tunnel first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Ender {
     /// The browser's side.
@@ -43,7 +43,7 @@ impl From<Side> for Ender {
 }
 
 /// How a side ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum How {
     /// By a Close frame.
@@ -73,6 +73,8 @@ struct Direction {
     last: Instant,
     longest_silence: Duration,
     close_code: Option<u16>,
+    /// Since when bytes have been waiting for this side to take them.
+    untaken: Option<Instant>,
 }
 
 impl Direction {
@@ -84,6 +86,7 @@ impl Direction {
             last: now,
             longest_silence: Duration::ZERO,
             close_code: None,
+            untaken: None,
         }
     }
 
@@ -99,6 +102,9 @@ pub struct Sensor {
     opened: bool,
     client: Direction,
     instance: Direction,
+    /// A client's silence that is longer is a gap.
+    gap_limit: Duration,
+    gap: Option<(Instant, Instant)>,
     /// When the first of those client messages came that the instance has sent nothing after.
     unanswered: Option<Instant>,
     first: Option<(Ender, How)>,
@@ -112,12 +118,16 @@ pub struct Facts {
     pub opened: bool,
     /// From the request to the end.
     pub duration: Duration,
+    /// How long ago the end was.
+    pub ago: Duration,
     /// What the client sent.
     pub client: Sent,
     /// What the instance sent.
     pub instance: Sent,
     /// For how long the oldest client message had been waiting for anything from the instance.
     pub unanswered: Option<Duration>,
+    /// The client's last long silence that was over before the end.
+    pub gap: Option<Gap>,
     /// Who ended it first, and how; nobody where the end came without a sign.
     pub first: Option<(Ender, How)>,
 }
@@ -137,16 +147,29 @@ pub struct Sent {
     pub close_code: Option<u16>,
     /// Whether it ended within a frame.
     pub mid_frame: bool,
+    /// For how long bytes had been waiting for it to take them.
+    pub untaken: Option<Duration>,
+}
+
+/// A silence of the client's that was over before the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gap {
+    /// How long it was.
+    pub length: Duration,
+    /// How long before the end it was over.
+    pub ago: Duration,
 }
 
 impl Sensor {
-    /// A sensor for a tunnel that was asked for at `now`.
-    pub fn new(now: Instant) -> Sensor {
+    /// A sensor for a tunnel that was asked for at `now`. A silence of the client's over `gap_limit` is noted.
+    pub fn new(now: Instant, gap_limit: Duration) -> Sensor {
         Sensor {
             start: now,
             opened: false,
             client: Direction::new(now),
             instance: Direction::new(now),
+            gap_limit,
+            gap: None,
             unanswered: None,
             first: None,
             ended: None,
@@ -162,24 +185,48 @@ impl Sensor {
 
     /// `bytes` have come from `side`; gives the data messages that ended in them.
     pub fn bytes(&mut self, side: Side, bytes: &[u8], now: Instant) -> u64 {
+        let gap_limit = self.gap_limit;
         let direction = self.direction(side);
         let seen = direction.heads.read(bytes);
+        let between_frames = direction.heads.at_boundary();
+        let (silence, last) = (direction.silence(now), direction.last);
         direction.bytes += bytes.len() as u64;
         direction.messages += seen.messages;
-        direction.longest_silence = direction.longest_silence.max(direction.silence(now));
+        direction.longest_silence = direction.longest_silence.max(silence);
         direction.last = now;
         match side {
-            Side::Client if seen.messages > 0 => {
-                self.unanswered.get_or_insert(now);
+            Side::Client => {
+                if silence >= gap_limit {
+                    self.gap = Some((last, now));
+                }
+                if seen.messages > 0 {
+                    self.unanswered.get_or_insert(now);
+                }
             }
-            Side::Client => {}
-            Side::Instance => self.unanswered = None,
+            Side::Instance => {
+                // A client knows messages only: a frame that trickles in is no answer to it.
+                if seen.messages > 0 || between_frames {
+                    self.unanswered = None;
+                }
+                // It is Pingora's now, which comes back for more once the client has taken it.
+                self.client.untaken.get_or_insert(now);
+            }
         }
         if let Some(code) = seen.close {
             self.direction(side).close_code.get_or_insert(code);
             self.first.get_or_insert((side.into(), How::Close));
         }
         seen.messages
+    }
+
+    /// `side` has taken what was there for it, or has not.
+    pub fn takes(&mut self, side: Side, takes: bool, now: Instant) {
+        let direction = self.direction(side);
+        if takes {
+            direction.untaken = None;
+        } else {
+            direction.untaken.get_or_insert(now);
+        }
     }
 
     /// `side` has ended, in that way.
@@ -208,6 +255,9 @@ impl Sensor {
 
     /// What was seen, as of `now`.
     pub fn facts(&self, now: Instant) -> Facts {
+        let ago = self
+            .ended
+            .map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
         let now = self.ended.unwrap_or(now);
         let sent = |direction: &Direction| Sent {
             bytes: direction.bytes,
@@ -216,17 +266,40 @@ impl Sensor {
             silence: direction.silence(now),
             close_code: direction.close_code,
             mid_frame: !direction.heads.at_boundary(),
+            untaken: direction
+                .untaken
+                .map(|since| now.saturating_duration_since(since)),
         };
         Facts {
             opened: self.opened,
             duration: now.saturating_duration_since(self.start),
+            ago,
             client: sent(&self.client),
             instance: sent(&self.instance),
             unanswered: self
                 .unanswered
                 .map(|since| now.saturating_duration_since(since)),
+            gap: self.gap.map(|(from, to)| Gap {
+                length: to.saturating_duration_since(from),
+                ago: now.saturating_duration_since(to),
+            }),
             first: self.first,
         }
+    }
+
+    /// When the client was last heard, and its last long silence before that.
+    pub fn client_heard(&self) -> (Instant, Option<(Instant, Instant)>) {
+        (self.client.last, self.gap)
+    }
+
+    /// Whether the instance has answered 101.
+    pub fn opened(&self) -> bool {
+        self.opened
+    }
+
+    /// How many messages the client has sent.
+    pub fn client_messages(&self) -> u64 {
+        self.client.messages
     }
 
     fn direction(&mut self, side: Side) -> &mut Direction {

@@ -225,12 +225,23 @@ impl Dispatcher {
         value.map_or(0.0, |value| value.parse().unwrap())
     }
 
-    /// The ledger's records so far.
+    /// The ledger's records so far, each with its verdict where there is one.
     pub fn records(&self) -> Vec<Value> {
         let text = std::fs::read_to_string(self.base.join("closes.jsonl")).unwrap_or_default();
-        text.lines()
-            .map(|line| serde_json::from_str(line).unwrap())
-            .collect()
+        let lines = text
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let (later, mut records): (Vec<_>, Vec<_>) =
+            lines.partition(|line| !line["verdict_of"].is_null());
+        for verdict in later {
+            for record in &mut records {
+                if record["key"] == verdict["verdict_of"] {
+                    assert!(record["verdict"].is_null(), "judged twice: {record:#}");
+                    record["verdict"] = verdict["verdict"].clone();
+                }
+            }
+        }
+        records
     }
 
     /// Waits until the ledger has that many records, and gives them.

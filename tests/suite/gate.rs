@@ -48,7 +48,7 @@ impl ProxyHttp for Slow {
         Ok(Box::new(forward::peer_for(
             &self.instance,
             session.req_header(),
-            Some(&Tunnel::new(about, Default::default())),
+            Some(&Tunnel::new(about, &Default::default(), Default::default())),
         )))
     }
 

@@ -3,6 +3,8 @@
 //! Every room writes here and none reads. Log lines are `event key=value …`; metrics begin with `t3dispatch_` and are
 //! listed in `docs/metrics.md`. No cookie, credential or request path ever gets here.
 
+mod evidence;
+
 use std::fmt;
 use std::path::Path;
 use std::sync::LazyLock;
@@ -25,6 +27,11 @@ use crate::table::TableError;
 use crate::tunnel::Side;
 use crate::tunnel::live::{About, Record};
 use crate::upgrade::UpgradeError;
+
+pub use evidence::{
+    judged, leg_answered, leg_closed, leg_opened, leg_trouble, loop_lag, pressure, pronounced,
+    serve_leg_answered, serve_leg_trouble,
+};
 
 struct Metrics {
     registry: Registry,
@@ -207,6 +214,7 @@ fn register(registry: &Registry, metric: &(impl prometheus::core::Collector + Cl
 
 /// All metrics in Prometheus' text format, and its content type.
 pub fn exposition() -> (Vec<u8>, &'static str) {
+    evidence::register_all();
     let mut text = Vec::new();
     // Encoding into memory does not fail.
     let _ = TextEncoder::new().encode(&METRICS.registry.gather(), &mut text);

@@ -1,0 +1,522 @@
+//! What was seen of the legs, the instances and this process itself: what verdicts lean on.
+//!
+//! It is kept in memory for a while, and in a file beside the ledger, from which the other process learns what happened
+//! after a handover, and `explain` what happened around a drop.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::ledger;
+use crate::tunnel::live::Record;
+
+/// A time: milliseconds since 1970.
+pub type Millis = i64;
+
+/// How long evidence is kept in memory.
+const KEPT: Millis = 15 * 60 * 1000;
+
+/// Most connections and troubles of one kind that are kept.
+const MOST: usize = 4096;
+
+/// A leg's connection that ended no longer before its prober was started ended with the prober before that one.
+const RESTART: Millis = 60_000;
+
+/// The time now.
+pub fn now() -> Millis {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    now.as_millis() as Millis
+}
+
+/// A time of day for a sentence.
+pub fn clock(at: Millis) -> String {
+    let time = UNIX_EPOCH + Duration::from_millis(at.max(0) as u64);
+    let text = humantime::format_rfc3339_millis(time).to_string();
+    text.get(11..23).unwrap_or(&text).to_owned() + " UTC"
+}
+
+/// What a trouble was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// A connection was ended, or not made.
+    Cut,
+    /// Nothing came, or too late.
+    Stall,
+}
+
+/// A bad time of a leg or an instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trouble {
+    /// The earliest that it can have begun.
+    pub earliest: Millis,
+    /// The latest.
+    pub latest: Millis,
+    /// When it was over; nothing while it is not.
+    pub until: Option<Millis>,
+    /// What it was.
+    pub kind: Kind,
+    /// The same in words that follow the name of who had it.
+    pub what: String,
+}
+
+/// One connection of a leg, as seen from here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Conn {
+    /// The process that saw it.
+    pub pid: u32,
+    /// Its number there.
+    pub id: u64,
+    /// The leg's name.
+    pub leg: String,
+    /// When it was opened.
+    pub opened: Millis,
+    /// Up to when it was known to be well, or was at least answered again.
+    pub heard: Millis,
+    /// Its stalls, the oldest first.
+    pub stalls: Vec<Trouble>,
+    /// How it ended.
+    pub end: Option<Trouble>,
+    /// Whether it ended because this service or the prober wanted it to.
+    pub left: bool,
+    /// When the prober that holds it was started.
+    pub prober: Option<Millis>,
+    /// Whether the prober was restarted at its end, which then says nothing about the way.
+    excused: bool,
+}
+
+impl Conn {
+    fn new(pid: u32, id: u64, leg: &str, at: Millis) -> Conn {
+        Conn {
+            pid,
+            id,
+            leg: leg.into(),
+            opened: at,
+            heard: at,
+            stalls: Vec::new(),
+            end: None,
+            left: false,
+            prober: None,
+            excused: false,
+        }
+    }
+
+    /// Its stalls and its end.
+    pub fn troubles(&self) -> impl Iterator<Item = &Trouble> {
+        self.stalls.iter().chain(&self.end)
+    }
+
+    /// Whether its end says nothing about the way, because the prober itself ended.
+    pub fn is_excused(&self) -> bool {
+        self.excused
+    }
+}
+
+/// What is known of an instance.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct InstanceHistory {
+    /// When it last answered.
+    pub well: Option<Millis>,
+    /// Its bad times, the oldest first.
+    pub troubles: Vec<Trouble>,
+}
+
+/// One observation.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// A leg connected.
+    LegOpened {
+        /// The leg.
+        leg: String,
+        /// Which of its connections.
+        conn: u64,
+    },
+    /// A leg answered.
+    LegWell {
+        /// The leg.
+        leg: String,
+        /// Which of its connections.
+        conn: u64,
+        /// How long its answer took.
+        rtt_ms: f64,
+    },
+    /// A leg had a bad time, which may not be over.
+    LegStalled {
+        /// The leg.
+        leg: String,
+        /// Which of its connections.
+        conn: u64,
+        /// What it was.
+        trouble: Trouble,
+    },
+    /// A leg's connection ended.
+    LegEnded {
+        /// The leg.
+        leg: String,
+        /// Which of its connections.
+        conn: u64,
+        /// What it was.
+        trouble: Trouble,
+        /// Whether this service or the prober wanted it.
+        left: bool,
+    },
+    /// The prober told when it was started.
+    ProberStarted {
+        /// The leg that it told it over.
+        leg: String,
+        /// Which of its connections.
+        conn: u64,
+        /// When.
+        at: Millis,
+    },
+    /// The prober told of another leg that it is down.
+    LegTold {
+        /// The leg that is down.
+        leg: String,
+        /// Since when.
+        since: Millis,
+        /// Why, in the prober's words.
+        reason: String,
+    },
+    /// An instance answered.
+    InstanceWell {
+        /// Its port.
+        port: u16,
+    },
+    /// An instance had a bad time, which may not be over.
+    InstanceTrouble {
+        /// Its port.
+        port: u16,
+        /// What it was.
+        trouble: Trouble,
+    },
+    /// This process stood still.
+    Lagged {
+        /// Since when.
+        since: Millis,
+    },
+    /// Tasks of the host waited for a resource.
+    Pressed {
+        /// `cpu`, `io` or `memory`.
+        resource: String,
+        /// The share of the time, from 0 to 1.
+        share: f64,
+    },
+    /// The process ends before the window of this drop has closed; its successor judges it.
+    Entrusted {
+        /// The drop.
+        record: Box<Record>,
+        /// When the window closes.
+        due: Millis,
+    },
+}
+
+/// An observation with its time and the process that made it: a line of the file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Entry {
+    /// When, RFC 3339 in UTC.
+    pub time: String,
+    /// The process.
+    pub pid: u32,
+    /// What.
+    #[serde(flatten)]
+    pub event: Event,
+}
+
+impl Entry {
+    fn at(&self) -> Millis {
+        humantime::parse_rfc3339(&self.time)
+            .ok()
+            .and_then(|time| time.duration_since(UNIX_EPOCH).ok())
+            .map_or(0, |since| since.as_millis() as Millis)
+    }
+}
+
+/// Everything that is remembered.
+#[derive(Debug, Default)]
+struct Memory {
+    conns: VecDeque<Conn>,
+    instances: std::collections::HashMap<u16, InstanceHistory>,
+    lags: VecDeque<(Millis, Millis)>,
+    pressed: VecDeque<(Millis, String, f64)>,
+    told: VecDeque<(String, Millis, String)>,
+    entrusted: Vec<(Record, Millis)>,
+}
+
+static MEMORY: LazyLock<Mutex<Memory>> = LazyLock::new(Mutex::default);
+
+fn memory() -> MutexGuard<'static, Memory> {
+    MEMORY.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes note of an observation, in memory and, unless it is only a sign of life, in the file.
+pub fn record(event: Event) {
+    let at = now();
+    let pid = std::process::id();
+    let durable = !matches!(event, Event::InstanceWell { .. });
+    if durable {
+        let time = UNIX_EPOCH + Duration::from_millis(at as u64);
+        let entry = Entry {
+            time: humantime::format_rfc3339_millis(time).to_string(),
+            pid,
+            event: event.clone(),
+        };
+        if let Ok(line) = serde_json::to_string(&entry) {
+            ledger::append_evidence(line);
+        }
+    }
+    memory().apply(pid, at, event);
+}
+
+/// A leg's answer, in memory alone.
+pub fn heard(leg: &str, conn: u64) {
+    memory().conn(std::process::id(), conn, leg, now()).heard = now();
+}
+
+/// What other processes have told since the last time: their observations become ours.
+pub fn learn(entries: impl Iterator<Item = Entry>) {
+    let own = std::process::id();
+    let mut memory = memory();
+    for entry in entries.filter(|entry| entry.pid != own) {
+        let at = entry.at();
+        memory.apply(entry.pid, at, entry.event);
+    }
+}
+
+/// The drops that other processes have left to be judged.
+pub fn take_entrusted() -> Vec<(Record, Millis)> {
+    std::mem::take(&mut memory().entrusted)
+}
+
+/// The connections of a leg.
+pub fn conns(leg: &str) -> Vec<Conn> {
+    let memory = memory();
+    let of_leg = memory.conns.iter().filter(|conn| conn.leg == leg);
+    of_leg.cloned().collect()
+}
+
+/// What is known of an instance.
+pub fn instance(port: u16) -> InstanceHistory {
+    memory().instances.get(&port).cloned().unwrap_or_default()
+}
+
+/// When this process stood still, and what the host's tasks waited for between these times.
+pub fn host(from: Millis, to: Millis) -> (Vec<(Millis, Millis)>, Vec<String>) {
+    let memory = memory();
+    let lags = memory.lags.iter().copied().collect();
+    let pressed = memory
+        .pressed
+        .iter()
+        .filter(|(at, ..)| (from..=to + 10_000).contains(at))
+        .map(|(at, resource, share)| {
+            format!(
+                "tasks on this host waited for {resource} {:.0} % of the time before {}",
+                share * 100.0,
+                clock(*at)
+            )
+        });
+    (lags, pressed.collect())
+}
+
+/// What the prober told of a leg's being down between these times.
+pub fn told(leg: &str, from: Millis, to: Millis) -> Option<String> {
+    let memory = memory();
+    let (_, since, reason) = memory
+        .told
+        .iter()
+        .rev()
+        .find(|(name, since, _)| name == leg && (from..=to).contains(since))?;
+    Some(format!(
+        "the prober lost the leg {leg} at {} ({reason})",
+        clock(*since)
+    ))
+}
+
+impl Memory {
+    fn conn(&mut self, pid: u32, id: u64, leg: &str, at: Millis) -> &mut Conn {
+        let known = self
+            .conns
+            .iter()
+            .rposition(|conn| conn.pid == pid && conn.id == id);
+        let position = known.unwrap_or_else(|| {
+            self.conns.push_back(Conn::new(pid, id, leg, at));
+            self.conns.len() - 1
+        });
+        &mut self.conns[position]
+    }
+
+    fn apply(&mut self, pid: u32, at: Millis, event: Event) {
+        match event {
+            Event::LegOpened { leg, conn } => {
+                self.conn(pid, conn, &leg, at);
+            }
+            Event::LegWell { leg, conn, .. } => {
+                let conn = self.conn(pid, conn, &leg, at);
+                conn.heard = conn.heard.max(at);
+            }
+            Event::LegStalled { leg, conn, trouble } => {
+                let conn = self.conn(pid, conn, &leg, at);
+                note(&mut conn.stalls, trouble);
+            }
+            Event::LegEnded {
+                leg,
+                conn,
+                trouble,
+                left,
+            } => {
+                let conn = self.conn(pid, conn, &leg, at);
+                if left {
+                    conn.heard = conn.heard.max(trouble.earliest);
+                    conn.left = true;
+                } else {
+                    conn.end = Some(trouble);
+                }
+            }
+            Event::ProberStarted {
+                leg,
+                conn,
+                at: started,
+            } => {
+                self.conn(pid, conn, &leg, at).prober = Some(started);
+                // What an earlier prober held ended with it.
+                for conn in self.conns.iter_mut().filter(|conn| conn.leg == leg) {
+                    let held_by_another = conn.prober.is_some_and(|prober| prober + 1000 < started);
+                    let ended = conn.end.as_ref().map(|end| started - end.earliest);
+                    conn.excused |= held_by_another && ended.is_some_and(|ago| ago < RESTART);
+                }
+            }
+            Event::LegTold { leg, since, reason } => push(&mut self.told, (leg, since, reason)),
+            Event::InstanceWell { port } => {
+                let instance = self.instances.entry(port).or_default();
+                instance.well = Some(at);
+                for trouble in &mut instance.troubles {
+                    trouble.until.get_or_insert(at);
+                }
+            }
+            Event::InstanceTrouble { port, trouble } => {
+                note(
+                    &mut self.instances.entry(port).or_default().troubles,
+                    trouble,
+                );
+            }
+            Event::Lagged { since } => push(&mut self.lags, (since, at)),
+            Event::Pressed { resource, share } => push(&mut self.pressed, (at, resource, share)),
+            Event::Entrusted { record, due } => {
+                if due + KEPT > now() {
+                    self.entrusted.push((*record, due));
+                }
+            }
+        }
+        self.forget(at - KEPT);
+    }
+
+    /// Forgets what was over before `old`.
+    fn forget(&mut self, old: Millis) {
+        if self.conns.front().is_some_and(|conn| conn.heard < old) || self.conns.len() > MOST {
+            self.conns.pop_front();
+        }
+        while self.lags.front().is_some_and(|(_, to)| *to < old) {
+            self.lags.pop_front();
+        }
+        while self.pressed.front().is_some_and(|(at, ..)| *at < old) {
+            self.pressed.pop_front();
+        }
+    }
+}
+
+/// Adds a trouble, or brings the one that is known of that beginning up to date.
+fn note(troubles: &mut Vec<Trouble>, trouble: Trouble) {
+    match troubles
+        .iter_mut()
+        .find(|known| known.earliest == trouble.earliest)
+    {
+        Some(known) => *known = trouble,
+        None => {
+            if troubles.len() >= 64 {
+                troubles.remove(0);
+            }
+            troubles.push(trouble);
+        }
+    }
+}
+
+fn push<T>(queue: &mut VecDeque<T>, one: T) {
+    if queue.len() >= MOST {
+        queue.pop_front();
+    }
+    queue.push_back(one);
+}
+
+/// Follows the file that other processes write to.
+#[derive(Debug)]
+pub struct Follower {
+    path: PathBuf,
+    file: Option<File>,
+    /// The beginning of a line whose end has not been written yet.
+    begun: Vec<u8>,
+}
+
+/// What a new process reads of what was there before it.
+const HISTORY: u64 = 256 * 1024;
+
+impl Follower {
+    /// Follows `path`, whose last part is read first.
+    pub fn new(path: PathBuf) -> Follower {
+        Follower {
+            path,
+            file: None,
+            begun: Vec::new(),
+        }
+    }
+
+    /// The lines that have been added.
+    ///
+    /// # Errors
+    /// When the file is there and cannot be read.
+    pub fn read(&mut self) -> io::Result<Vec<Entry>> {
+        let mut entries = Vec::new();
+        loop {
+            let mut file = match self.file.take() {
+                Some(file) => file,
+                None => match File::open(&self.path) {
+                    Ok(mut file) => {
+                        let size = file.metadata()?.len();
+                        file.seek(SeekFrom::Start(size.saturating_sub(HISTORY)))?;
+                        file
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(entries),
+                    Err(error) => return Err(error),
+                },
+            };
+            Read::by_ref(&mut file)
+                .take(8 << 20)
+                .read_to_end(&mut self.begun)?;
+            let whole = self.begun.iter().rposition(|byte| *byte == b'\n');
+            if let Some(end) = whole {
+                let rest = self.begun.split_off(end + 1);
+                let lines = std::mem::replace(&mut self.begun, rest);
+                entries.extend(
+                    lines
+                        .split(|byte| *byte == b'\n')
+                        .filter_map(|line| serde_json::from_slice(line).ok()),
+                );
+            }
+            let moved_aside = std::fs::metadata(&self.path)
+                .is_ok_and(|now| file.metadata().is_ok_and(|meta| now.ino() != meta.ino()));
+            if !moved_aside {
+                self.file = Some(file);
+                return Ok(entries);
+            }
+            self.begun.clear();
+        }
+    }
+}

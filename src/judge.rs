@@ -1,0 +1,270 @@
+//! Keeps each drop until its window has closed, gathers the evidence, and has the verdict written.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pingora::server::ShutdownWatch;
+use pingora::services::background::BackgroundService;
+
+use crate::config;
+use crate::events;
+use crate::evidence::{self, Event, Follower, Millis};
+use crate::ledger::Ledger;
+use crate::probe::serve;
+use crate::server::{Phase, phase};
+use crate::table::Instance;
+use crate::tunnel::live::{Record, witnesses};
+use crate::tunnel::{Ender, How};
+use crate::verdict::{self, Around, Leg, Rules, Verdict, Witness, is_talkative};
+
+/// How often it is looked for windows that have closed, and for what other processes have seen.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How much longer than its window a drop may wait for legs to come back: a prober tries again after three seconds, then six.
+const FOR_LEGS: Millis = 12_000;
+
+/// Ends that are remembered to see who fell together.
+const RECENT: usize = 10_000;
+
+/// Most drops that wait; more are judged at once, with what is known.
+const WAITING: usize = 20_000;
+
+#[derive(Debug, Default)]
+struct Docket {
+    waiting: VecDeque<(Record, Millis)>,
+    recent: VecDeque<Record>,
+}
+
+static DOCKET: Mutex<Docket> = Mutex::new(Docket {
+    waiting: VecDeque::new(),
+    recent: VecDeque::new(),
+});
+static SETTINGS: OnceLock<(Rules, String, String)> = OnceLock::new();
+static LAST_OPENED: AtomicI64 = AtomicI64::new(0);
+static REPLACED: AtomicBool = AtomicBool::new(false);
+
+fn docket() -> MutexGuard<'static, Docket> {
+    DOCKET.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The rules that the settings make.
+pub fn rules(tunnels: &config::Tunnels) -> Rules {
+    Rules {
+        heartbeat: tunnels.client_heartbeat,
+        watchdog: tunnels.client_watchdog,
+    }
+}
+
+/// A tunnel was opened now.
+pub fn opened() {
+    LAST_OPENED.store(evidence::now(), Ordering::Relaxed);
+}
+
+/// The verdict that needs no more evidence, if there is one.
+pub fn at_once(record: &Record) -> Option<Verdict> {
+    let (rules, ..) = SETTINGS.get()?;
+    let verdict = verdict::at_once(record, rules)?;
+    events::judged(&verdict);
+    Some(verdict)
+}
+
+/// Takes note of an end, and keeps it until its window has closed if it has no verdict yet.
+pub fn ended(record: Record, instance: Arc<Instance>) {
+    let Some((rules, ..)) = SETTINGS.get() else {
+        return;
+    };
+    let mut docket = docket();
+    if docket.recent.len() >= RECENT {
+        docket.recent.pop_front();
+    }
+    docket.recent.push_back(record.clone());
+    if record.verdict.is_some() {
+        return;
+    }
+    serve::ask(instance, record.ended_by == Some(Ender::Instance));
+    let due = record.ended() + rules.window().as_millis() as Millis;
+    docket.waiting.push_back((record, due));
+    let early = if docket.waiting.len() > WAITING {
+        docket.waiting.pop_front()
+    } else {
+        None
+    };
+    drop(docket);
+    if let Some((record, _)) = early {
+        pronounce(&record);
+    }
+}
+
+/// Somebody else has taken over, and will judge what this process leaves behind.
+pub fn replaced() {
+    REPLACED.store(true, Ordering::Release);
+}
+
+/// The process ends: what still waits is left to the successor, or judged with what is known.
+pub fn last_words() {
+    let waiting = std::mem::take(&mut docket().waiting);
+    for (record, due) in waiting {
+        if REPLACED.load(Ordering::Acquire) {
+            let record = Box::new(record);
+            evidence::record(Event::Entrusted { record, due });
+        } else {
+            pronounce(&record);
+        }
+    }
+}
+
+/// The background task.
+pub struct Judge {
+    follower: tokio::sync::Mutex<Follower>,
+}
+
+impl Judge {
+    /// Judges by these settings from now on.
+    pub fn new(settings: &config::Dispatch, ledger: &Ledger) -> Judge {
+        let probe = &settings.probe;
+        let _ = SETTINGS.set((
+            rules(&settings.tunnels),
+            probe.edge_leg.clone(),
+            probe.internal_leg.clone(),
+        ));
+        Judge {
+            follower: Follower::new(ledger.evidence().path).into(),
+        }
+    }
+}
+
+#[async_trait]
+impl BackgroundService for Judge {
+    async fn start(&self, _shutdown: ShutdownWatch) {
+        let mut follower = self.follower.lock().await;
+        // What a predecessor has left before this process was there has been judged, or is lost.
+        if let Ok(entries) = follower.read() {
+            evidence::learn(entries.into_iter());
+            evidence::take_entrusted();
+        }
+        let phase = phase();
+        loop {
+            tokio::time::sleep(LOOK).await;
+            // A file that cannot be read costs what other processes have seen, which the verdict then lacks.
+            if let Ok(entries) = follower.read() {
+                evidence::learn(entries.into_iter());
+            }
+            let entrusted = evidence::take_entrusted();
+            if *phase.borrow() == Phase::Serving {
+                docket().waiting.extend(entrusted);
+            }
+            let now = evidence::now();
+            let due = {
+                let mut docket = docket();
+                let (due, waiting): (Vec<_>, Vec<_>) = std::mem::take(&mut docket.waiting)
+                    .into_iter()
+                    .partition(|(_, due)| *due <= now);
+                docket.waiting = waiting.into();
+                due
+            };
+            for (record, due) in due {
+                if now < due + FOR_LEGS && legs_are_away(&record) {
+                    docket().waiting.push_back((record, due));
+                } else {
+                    pronounce(&record);
+                }
+            }
+        }
+    }
+}
+
+/// Whether both legs broke around this end and neither is back, so that more may be known in a moment.
+fn legs_are_away(record: &Record) -> bool {
+    let Some((rules, edge, internal)) = SETTINGS.get() else {
+        return false;
+    };
+    let span = (rules.watchdog + rules.heartbeat).as_millis() as Millis
+        + record.client.silence_ms as Millis;
+    [edge, internal].iter().all(|leg| {
+        let conns = evidence::conns(leg);
+        conns.last().is_some_and(|last| {
+            let broke = last
+                .end
+                .as_ref()
+                .is_some_and(|end| end.latest >= record.ended() - span);
+            broke && !last.left
+        })
+    })
+}
+
+/// Judges a drop and has the verdict written.
+fn pronounce(record: &Record) {
+    let Some((rules, edge, internal)) = SETTINGS.get() else {
+        return;
+    };
+    let around = around(record, rules, edge, internal);
+    let verdict = verdict::judge(record, &around, rules);
+    let back = around
+        .others
+        .iter()
+        .filter(|other| other.user == record.user && other.opened >= record.ended())
+        .map(|other| other.opened - record.ended())
+        .min();
+    events::judged(&verdict);
+    events::pronounced(record, &verdict, back);
+}
+
+fn around(record: &Record, rules: &Rules, edge: &str, internal: &str) -> Around {
+    let ended = record.ended();
+    let leg = |name: &str| Leg {
+        name: name.to_owned(),
+        conns: evidence::conns(name),
+    };
+    let (edge, internal) = (leg(edge), leg(internal));
+    let watchdog = rules.watchdog.as_millis() as Millis;
+    let (lags, pressure) = evidence::host(ended - watchdog, ended);
+    let away = |leg: &Leg| leg.conns.last().is_none_or(|conn| conn.end.is_some());
+    let opened_since = LAST_OPENED.load(Ordering::Relaxed) > ended + rules.slack();
+    let mut others = witnesses(rules);
+    others.extend(
+        docket()
+            .recent
+            .iter()
+            .filter(|other| other.opened)
+            .map(|other| witness(other, rules)),
+    );
+    Around {
+        opened_since: opened_since && away(&edge) && away(&internal),
+        edge,
+        internal,
+        instance: evidence::instance(record.port),
+        lags,
+        pressure,
+        others,
+        now: evidence::now(),
+    }
+}
+
+/// What an end shows of its person's connection.
+fn witness(record: &Record, rules: &Rules) -> Witness {
+    let ended = record.ended();
+    let lived = record.dur_ms as Millis;
+    let silence = record.client.silence_ms as Millis;
+    let gap = record.gap.map(|gap| {
+        let to = ended - gap.ago_ms as Millis;
+        (to - gap.length_ms as Millis, to)
+    });
+    let badly = record.ended_by == Some(Ender::Client)
+        && (record.how != Some(How::Close) || record.verdict.is_none());
+    Witness {
+        user: record.user.clone(),
+        ip: record.ip.clone(),
+        opened: ended - lived,
+        heard: ended - silence,
+        gap,
+        talkative: is_talkative(
+            record.client.messages,
+            lived - silence - gap.map_or(0, |(from, to)| to - from),
+            rules,
+        ),
+        ended: Some((ended, badly)),
+    }
+}

@@ -1,0 +1,327 @@
+//! The far end of a leg: what this service sees of a connection that a prober holds to it.
+//!
+//! The prober measures from its end. Here each leg is pinged several times a heartbeat, so that a break is noticed, and
+//! dated, from this end as well, whichever direction it is in.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use http::HeaderMap;
+use serde::Deserialize;
+
+use crate::config::Probe;
+use crate::events;
+use crate::evidence::{self, Event, Kind, Millis, Trouble, clock};
+use crate::table::unique;
+
+/// How often a leg is pinged that has not told its heartbeat, and the least often.
+const PING: Duration = Duration::from_secs(2);
+
+/// The most often.
+const PING_LEAST: Duration = Duration::from_millis(50);
+
+/// Connections of legs at once.
+const MOST: usize = 32;
+
+static OPEN: AtomicUsize = AtomicUsize::new(0);
+
+/// The leg that a request names and proves to be.
+pub fn leg(query: Option<&str>, headers: &HeaderMap, settings: &Probe) -> Option<String> {
+    let token = settings.token.as_ref()?;
+    let mut bearers = headers.get_all(http::header::AUTHORIZATION).iter();
+    let (Some(bearer), None) = (bearers.next(), bearers.next()) else {
+        return None;
+    };
+    let (scheme, shown) = bearer.as_bytes().split_at_checked(7)?;
+    if !scheme.eq_ignore_ascii_case(b"bearer ") || !token.is(shown) {
+        return None;
+    }
+    let named = query?
+        .split('&')
+        .find_map(|pair| pair.strip_prefix("leg="))?;
+    crate::config::section::leg_name(named.to_owned()).ok()
+}
+
+/// What a prober says in each heartbeat.
+#[derive(Debug, Deserialize)]
+struct Heartbeat {
+    heartbeat_ms: u64,
+    uptime_ms: i64,
+    #[serde(default)]
+    rtt_ms: Option<f64>,
+    #[serde(default)]
+    legs: Vec<Told>,
+}
+
+/// What it says of one of its legs.
+#[derive(Debug, Deserialize)]
+struct Told {
+    leg: String,
+    up: bool,
+    for_ms: i64,
+    #[serde(default)]
+    reason: Option<String>,
+}
+
+/// A ping that has not been answered.
+#[derive(Debug)]
+struct Sent {
+    number: u64,
+    at: Millis,
+    then: Instant,
+}
+
+/// One connection of a leg. However it ends, its end is told exactly once.
+#[derive(Debug)]
+pub struct Far {
+    leg: String,
+    conn: u64,
+    stall: Duration,
+    ping: Duration,
+    sent: VecDeque<Sent>,
+    next: u64,
+    /// When the last answer came.
+    answered: Millis,
+    rtt: Duration,
+    stalled: Option<Trouble>,
+    /// When a sign of life was last put into the file.
+    noted: Instant,
+    heartbeat: Duration,
+    ticked: Instant,
+    told_start: bool,
+    told: Vec<(String, Millis)>,
+    ended: bool,
+}
+
+impl Far {
+    /// A leg has connected; one that does not answer for `stall` has stalled. There may be too many.
+    pub fn open(leg: String, stall: Duration) -> Option<Far> {
+        if OPEN.fetch_add(1, Ordering::AcqRel) >= MOST {
+            OPEN.fetch_sub(1, Ordering::AcqRel);
+            return None;
+        }
+        let conn = unique();
+        evidence::record(Event::LegOpened {
+            leg: leg.clone(),
+            conn,
+        });
+        events::leg_opened(&leg);
+        let now = Instant::now();
+        Some(Far {
+            leg,
+            conn,
+            stall,
+            ping: PING.min(stall / 2),
+            sent: VecDeque::new(),
+            next: 0,
+            answered: evidence::now(),
+            rtt: Duration::ZERO,
+            stalled: None,
+            noted: now,
+            heartbeat: PING * 5,
+            ticked: now,
+            told_start: false,
+            told: Vec::new(),
+            ended: false,
+        })
+    }
+
+    /// The leg's name.
+    pub fn name(&self) -> &str {
+        &self.leg
+    }
+
+    /// How long to wait for the next [`Far::tick`].
+    pub fn pause(&self) -> Duration {
+        self.ping
+    }
+
+    /// Looks whether the leg has stalled; gives the payload of the ping that is to be sent now.
+    pub fn tick(&mut self) -> [u8; 8] {
+        // Where this process itself was late, the leg has had no chance to answer.
+        let late = self.ticked.elapsed().saturating_sub(self.ping);
+        self.ticked = Instant::now();
+        if late > self.stall / 4 {
+            self.sent.clear();
+        }
+        self.look();
+        self.next += 1;
+        self.sent.push_back(Sent {
+            number: self.next,
+            at: evidence::now(),
+            then: Instant::now(),
+        });
+        self.next.to_be_bytes()
+    }
+
+    /// Whether the leg owes an answer that is not overdue yet.
+    pub fn owes(&mut self) -> bool {
+        self.look();
+        self.stalled.is_none() && !self.sent.is_empty()
+    }
+
+    fn look(&mut self) {
+        let Some(oldest) = self.sent.front() else {
+            return;
+        };
+        if self.stalled.is_none() && oldest.then.elapsed() >= self.stall {
+            let trouble = Trouble {
+                earliest: self.answered,
+                latest: oldest.at + self.rtt.as_millis() as Millis,
+                until: None,
+                kind: Kind::Stall,
+                what: format!("stopped answering at {}", clock(self.answered)),
+            };
+            events::leg_trouble(&self.leg, "stall");
+            self.stall(trouble);
+        }
+        // A leg that has stalled for long is owed no endless list.
+        if self.sent.len() > 1024 {
+            self.sent.pop_back();
+        }
+    }
+
+    fn stall(&mut self, trouble: Trouble) {
+        self.stalled = trouble.until.is_none().then(|| trouble.clone());
+        evidence::record(Event::LegStalled {
+            leg: self.leg.clone(),
+            conn: self.conn,
+            trouble,
+        });
+    }
+
+    /// The leg has answered a ping.
+    pub fn pong(&mut self, payload: &[u8]) {
+        let Ok(number) = payload.try_into().map(u64::from_be_bytes) else {
+            return;
+        };
+        let mut answered = None;
+        while self.sent.front().is_some_and(|sent| sent.number <= number) {
+            answered = self.sent.pop_front();
+        }
+        let Some(sent) = answered else { return };
+        let rtt = sent.then.elapsed();
+        events::leg_answered(&self.leg, rtt);
+        if rtt >= self.stall {
+            return;
+        }
+        self.answered = evidence::now();
+        self.rtt = rtt;
+        if let Some(mut trouble) = self.stalled.take() {
+            let lasted = (self.answered - trouble.earliest) as f64 / 1000.0;
+            trouble.until = Some(self.answered);
+            trouble.what = format!("{} for {lasted:.1} s", trouble.what);
+            self.stall(trouble);
+        }
+        if self.noted.elapsed() >= self.heartbeat {
+            self.noted = Instant::now();
+            evidence::record(Event::LegWell {
+                leg: self.leg.clone(),
+                conn: self.conn,
+                rtt_ms: rtt.as_secs_f64() * 1000.0,
+            });
+        } else {
+            evidence::heard(&self.leg, self.conn);
+        }
+    }
+
+    /// The leg has sent a message, which may be a prober's heartbeat.
+    pub fn message(&mut self, text: &str) {
+        let Ok(heartbeat) = serde_json::from_str::<Heartbeat>(text) else {
+            return;
+        };
+        let now = evidence::now();
+        self.heartbeat = Duration::from_millis(heartbeat.heartbeat_ms.clamp(100, 60_000));
+        self.ping = (self.heartbeat / 5)
+            .clamp(PING_LEAST, PING)
+            .min(self.stall / 2);
+        if !std::mem::replace(&mut self.told_start, true) {
+            evidence::record(Event::ProberStarted {
+                leg: self.leg.clone(),
+                conn: self.conn,
+                at: now - heartbeat.uptime_ms.max(0),
+            });
+        }
+        // Its own messages are larger than our pings, and a narrow place is felt by them first.
+        if let Some(rtt) = heartbeat
+            .rtt_ms
+            .filter(|rtt| *rtt >= self.stall.as_millis() as f64)
+            && self.stalled.is_none()
+        {
+            let sent = now - self.heartbeat.as_millis() as Millis;
+            events::leg_trouble(&self.leg, "stall");
+            self.stall(Trouble {
+                earliest: sent - rtt as Millis,
+                latest: sent,
+                until: Some(now),
+                kind: Kind::Stall,
+                what: format!(
+                    "took {:.1} s over an echo, by the prober's clock",
+                    rtt / 1000.0
+                ),
+            });
+        }
+        for told in heartbeat.legs {
+            self.told(now, told);
+        }
+    }
+
+    /// The prober has told of a leg. Each time that it went down is noted once.
+    fn told(&mut self, now: Millis, told: Told) {
+        let (Some(reason), false) = (told.reason, told.up) else {
+            return;
+        };
+        let since = now - told.for_ms.max(0);
+        let known = |(leg, at): &(String, Millis)| *leg == told.leg && (at - since).abs() < 2000;
+        let is_word = |text: &str| {
+            text.len() <= 32
+                && text
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+        };
+        if !is_word(&told.leg) || !is_word(&reason) || self.told.iter().any(known) {
+            return;
+        }
+        if self.told.len() >= 64 {
+            self.told.remove(0);
+        }
+        self.told.push((told.leg.clone(), since));
+        evidence::record(Event::LegTold {
+            leg: told.leg,
+            since,
+            reason,
+        });
+    }
+
+    /// The connection has ended, as `what` says; `left` if this service or the prober wanted it to.
+    pub fn end(&mut self, what: &str, left: bool) {
+        if std::mem::replace(&mut self.ended, true) {
+            return;
+        }
+        let now = evidence::now();
+        if !left {
+            events::leg_trouble(&self.leg, "cut");
+        }
+        evidence::record(Event::LegEnded {
+            leg: self.leg.clone(),
+            conn: self.conn,
+            trouble: Trouble {
+                earliest: now,
+                latest: now,
+                until: None,
+                kind: Kind::Cut,
+                what: format!("{what} at {}", clock(now)),
+            },
+            left,
+        });
+    }
+}
+
+impl Drop for Far {
+    fn drop(&mut self) {
+        self.end("was dropped", true);
+        OPEN.fetch_sub(1, Ordering::AcqRel);
+        events::leg_closed(&self.leg);
+    }
+}

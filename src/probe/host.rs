@@ -1,0 +1,104 @@
+//! How this process and its host are: whether the event loop keeps up, and what tasks wait for.
+
+use std::collections::VecDeque;
+use std::sync::Once;
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::events;
+use crate::evidence::{self, Event, Millis};
+
+/// How often the event loop is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// A loop that is later than that has stood still.
+const STILL: Duration = Duration::from_millis(250);
+
+/// How many looks the gauge looks back over, which is also how often the pressure is read.
+const LOOKS: usize = 100;
+
+/// From this share of the time on, waiting is worth being remembered.
+const PRESSED: f64 = 0.1;
+
+/// Watches the event loop that it is called on, from the first call on.
+pub fn watch() {
+    static STARTED: Once = Once::new();
+    STARTED.call_once(|| {
+        tokio::spawn(look());
+    });
+}
+
+/// The time since the host was started. It goes on while the host sleeps, and nobody sets it.
+fn uptime() -> Duration {
+    let now = clock_gettime(ClockId::Boottime);
+    Duration::new(
+        now.tv_sec.unsigned_abs(),
+        u32::try_from(now.tv_nsec).unwrap_or(0),
+    )
+}
+
+async fn look() {
+    let mut lags = VecDeque::with_capacity(LOOKS);
+    let mut pressures = ["cpu", "io", "memory"].map(Pressure::new);
+    let mut looks = 0;
+    loop {
+        let before = uptime();
+        tokio::time::sleep(LOOK).await;
+        let lag = uptime().saturating_sub(before).saturating_sub(LOOK);
+        if lag >= STILL {
+            let since = evidence::now() - lag.as_millis() as Millis;
+            evidence::record(Event::Lagged { since });
+        }
+        if lags.len() == LOOKS {
+            lags.pop_front();
+        }
+        lags.push_back(lag);
+        events::loop_lag(lags.iter().max().copied().unwrap_or_default());
+        looks += 1;
+        if looks % LOOKS == 0 {
+            pressures.iter_mut().for_each(Pressure::read);
+        }
+    }
+}
+
+/// The time that tasks of the host have spent waiting for a resource (the kernel's Documentation/accounting/psi.rst).
+struct Pressure {
+    resource: &'static str,
+    before: Option<(u64, Duration)>,
+}
+
+impl Pressure {
+    fn new(resource: &'static str) -> Pressure {
+        Pressure {
+            resource,
+            before: total(resource).zip(Some(uptime())),
+        }
+    }
+
+    fn read(&mut self) {
+        // Not every kernel has it.
+        let Some(now) = total(self.resource).zip(Some(uptime())) else {
+            return;
+        };
+        if let Some((total, at)) = self.before.replace(now) {
+            let waited = Duration::from_micros(now.0.saturating_sub(total));
+            let within = now.1.saturating_sub(at).max(LOOK);
+            let share = (waited.as_secs_f64() / within.as_secs_f64()).min(1.0);
+            events::pressure(self.resource, share);
+            if share >= PRESSED {
+                evidence::record(Event::Pressed {
+                    resource: self.resource.into(),
+                    share,
+                });
+            }
+        }
+    }
+}
+
+/// Microseconds in which some task has waited.
+fn total(resource: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/pressure/{resource}")).ok()?;
+    let some = text.lines().find(|line| line.starts_with("some"))?;
+    some.rsplit_once("total=")?.1.parse().ok()
+}

@@ -1,0 +1,758 @@
+//! From what is known of a tunnel's end, and of everything around it, to the segment that was at fault: pure.
+//!
+//! The legs of a prober take the same way as people's traffic and differ only in where they begin, so a break that one of
+//! them felt and the other did not lies between their beginnings. Nothing is convicted by absence: where the evidence is
+//! missing or contradicts itself, the verdict is [`Segment::Unknown`] and says why.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::evidence::{Conn, InstanceHistory, Kind, Millis, Trouble, clock};
+use crate::tunnel::live::Record;
+use crate::tunnel::{Ender, How};
+
+/// A part of the way between a person and their instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Segment {
+    /// None: it ended as ends should.
+    None,
+    /// From the person to the edge: their device and their network.
+    LastMile,
+    /// From the edge to the load balancer.
+    Edge,
+    /// From the load balancer to this service.
+    Internal,
+    /// The instance.
+    Serve,
+    /// This service.
+    Dispatch,
+    /// Not known.
+    Unknown,
+}
+
+impl Segment {
+    /// Every segment.
+    pub const ALL: [Segment; 7] = [
+        Segment::None,
+        Segment::LastMile,
+        Segment::Edge,
+        Segment::Internal,
+        Segment::Serve,
+        Segment::Dispatch,
+        Segment::Unknown,
+    ];
+
+    /// Its name in the ledger and the metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Segment::None => "none",
+            Segment::LastMile => "last_mile",
+            Segment::Edge => "edge",
+            Segment::Internal => "internal",
+            Segment::Serve => "serve",
+            Segment::Dispatch => "dispatch",
+            Segment::Unknown => "unknown",
+        }
+    }
+}
+
+/// How sure a verdict is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Confidence {
+    /// One witness, and nothing that speaks against it.
+    Low,
+    /// Direct evidence, unconfirmed.
+    Medium,
+    /// Direct evidence that something else confirms.
+    High,
+}
+
+impl Confidence {
+    /// Its name in the ledger.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Confidence::Low => "low",
+            Confidence::Medium => "medium",
+            Confidence::High => "high",
+        }
+    }
+}
+
+/// What is held to be at fault, and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// The segment.
+    pub segment: Segment,
+    /// How sure that is.
+    pub confidence: Confidence,
+    /// What speaks for it, each in a sentence.
+    pub evidence: Vec<String>,
+}
+
+/// What the client does, and what follows from it for how evidence is weighed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rules {
+    /// How often a client says something by itself.
+    pub heartbeat: Duration,
+    /// After how long without an answer it gives up.
+    pub watchdog: Duration,
+}
+
+impl Default for Rules {
+    fn default() -> Rules {
+        Rules {
+            heartbeat: Duration::from_secs(5),
+            watchdog: Duration::from_secs(20),
+        }
+    }
+}
+
+impl Rules {
+    /// How far apart two signs of one event may be.
+    pub fn slack(&self) -> Millis {
+        millis(self.watchdog / 20).clamp(300, 1000)
+    }
+
+    /// A leg that has not answered for so long has stalled.
+    pub fn stall(&self) -> Duration {
+        (self.watchdog / 4).clamp(Duration::from_millis(300), Duration::from_secs(5))
+    }
+
+    /// A silence that may have made a client give up.
+    pub fn gap(&self) -> Duration {
+        (self.watchdog / 2).max(self.watchdog.saturating_sub(self.heartbeat))
+    }
+
+    /// How long after an end evidence may still come in.
+    pub fn window(&self) -> Duration {
+        self.watchdog * 3 / 2
+    }
+
+    fn heartbeat(&self) -> Millis {
+        millis(self.heartbeat)
+    }
+
+    fn watchdog(&self) -> Millis {
+        millis(self.watchdog)
+    }
+}
+
+fn millis(duration: Duration) -> Millis {
+    duration.as_millis() as Millis
+}
+
+/// Everything that is known around an end.
+#[derive(Debug, Clone, Default)]
+pub struct Around {
+    /// The leg over the whole way.
+    pub edge: Leg,
+    /// The leg from the load balancer.
+    pub internal: Leg,
+    /// The instance.
+    pub instance: InstanceHistory,
+    /// When this process stood still: from, to.
+    pub lags: Vec<(Millis, Millis)>,
+    /// What the host's tasks waited for around the end, in words.
+    pub pressure: Vec<String>,
+    /// The tunnels of other people.
+    pub others: Vec<Witness>,
+    /// Whether somebody has come in over the same way since, while the legs were away.
+    pub opened_since: bool,
+    /// When this is judged.
+    pub now: Millis,
+}
+
+/// A leg as seen from here.
+#[derive(Debug, Clone, Default)]
+pub struct Leg {
+    /// Its name.
+    pub name: String,
+    /// Its connections, the oldest first.
+    pub conns: Vec<Conn>,
+}
+
+/// Another person's tunnel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Witness {
+    /// Whose it is.
+    pub user: String,
+    /// Where they come from.
+    pub ip: String,
+    /// When it was opened.
+    pub opened: Millis,
+    /// When the client was heard last.
+    pub heard: Millis,
+    /// The client's last long silence.
+    pub gap: Option<(Millis, Millis)>,
+    /// Whether the client speaks regularly, so that its silence means something.
+    pub talkative: bool,
+    /// When it ended, and whether badly on the client's side.
+    pub ended: Option<(Millis, bool)>,
+}
+
+/// When the way to the client broke, as far as the tunnel itself tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Break {
+    from: Millis,
+    to: Millis,
+    /// Whether it went silent, as opposed to being ended in the open.
+    silent: bool,
+}
+
+/// What a leg says of a break.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Says {
+    Clean,
+    Broke(String),
+    Unclear(String),
+}
+
+/// The verdict that no later evidence can change, if there is one.
+pub fn at_once(record: &Record, rules: &Rules) -> Option<Verdict> {
+    let Some((ender, how)) = record.first() else {
+        return Some(ended_by_us(record));
+    };
+    match (ender, how) {
+        (Ender::Dispatch, _) => Some(ended_by_us(record)),
+        (Ender::Instance, How::Refused) => Some(verdict(
+            Segment::Serve,
+            Confidence::High,
+            vec!["the instance did not take the WebSocket".into()],
+        )),
+        (Ender::Instance, How::Close) if !ordinary(record.code) => Some(verdict(
+            Segment::Serve,
+            Confidence::High,
+            vec![format!(
+                "the instance closed the WebSocket with code {}",
+                record.code.unwrap_or(1005)
+            )],
+        )),
+        (Ender::Instance, How::Close) => None,
+        (Ender::Instance, how) => Some(verdict(
+            Segment::Serve,
+            Confidence::High,
+            vec![format!(
+                "the instance {} without a Close frame",
+                match how {
+                    How::Fin => "closed its connection",
+                    How::Rst => "reset its connection",
+                    _ => "was gone",
+                }
+            )],
+        )),
+        (Ender::Client, How::Close) if record.opened && !gave_up(record, rules) => {
+            Some(ordinary_end(record))
+        }
+        (Ender::Client, _) => None,
+    }
+}
+
+/// Whether the tunnel itself shows that its client may have given up rather than left.
+fn gave_up(record: &Record, rules: &Rules) -> bool {
+    hangs(record, rules) || closed_gap(record, rules).is_some() && record.code != Some(1001)
+}
+
+/// A code with which either side may end a WebSocket that is not needed any more.
+fn ordinary(code: Option<u16>) -> bool {
+    matches!(code, None | Some(1000 | 1005))
+}
+
+fn ordinary_end(record: &Record) -> Verdict {
+    let code = record.code.unwrap_or(1005);
+    let what = match code {
+        1001 => {
+            "the browser left the page (Close 1001: a tab closed, a reload, another page)".into()
+        }
+        code => format!("the client closed the WebSocket (code {code})"),
+    };
+    verdict(Segment::None, Confidence::High, vec![what])
+}
+
+fn ended_by_us(record: &Record) -> Verdict {
+    let what = match record.how {
+        Some(How::Revoked) => "the dispatch table took the instance away from the person",
+        Some(How::Shutdown) => "this service was told to end",
+        _ => "this service failed the WebSocket; please report it",
+    };
+    verdict(Segment::Dispatch, Confidence::High, vec![what.into()])
+}
+
+fn verdict(segment: Segment, confidence: Confidence, evidence: Vec<String>) -> Verdict {
+    Verdict {
+        segment,
+        confidence,
+        evidence,
+    }
+}
+
+/// Whether the instance has left the client without an answer, or its bytes untaken, for as long as a client waits.
+fn hangs(record: &Record, rules: &Rules) -> bool {
+    let limit = (rules.watchdog() - rules.heartbeat() * 6 / 5).max(rules.watchdog() / 2);
+    let over = |waited: Option<u64>| waited.is_some_and(|waited| waited as Millis >= limit);
+    let untaken_by_client = record.client.untaken_ms.unwrap_or(0);
+    over(record.instance.untaken_ms)
+        // What the instance answered may be waiting here for a client that takes nothing.
+        || over(record.unanswered_ms) && untaken_by_client < record.unanswered_ms.unwrap_or(0) / 2
+}
+
+/// The client's long silence before the end, if it may be why it ended.
+fn closed_gap(record: &Record, rules: &Rules) -> Option<(Millis, Millis)> {
+    let gap = record.gap?;
+    let to = record.ended() - gap.ago_ms as Millis;
+    let recent = gap.ago_ms as Millis <= rules.watchdog() + rules.heartbeat();
+    (recent && speaks(record, rules)).then_some((to - gap.length_ms as Millis, to))
+}
+
+/// Whether the client spoke regularly, so that its silence means something.
+fn speaks(record: &Record, rules: &Rules) -> bool {
+    let silences = record.client.silence_ms + record.gap.map_or(0, |gap| gap.length_ms);
+    is_talkative(
+        record.client.messages,
+        record.dur_ms.saturating_sub(silences) as Millis,
+        rules,
+    )
+}
+
+/// Whether so many messages in so long a time are those of a client with a heartbeat.
+pub fn is_talkative(messages: u64, within: Millis, rules: &Rules) -> bool {
+    messages >= 2 && within <= (messages as Millis + 1) * rules.heartbeat() * 2
+}
+
+/// The verdict, from all evidence.
+pub fn judge(record: &Record, around: &Around, rules: &Rules) -> Verdict {
+    if let Some(verdict) = at_once(record, rules) {
+        return verdict;
+    }
+    match record.first() {
+        Some((Ender::Instance, _)) => return closed_by_instance(record, around, rules),
+        _ if !record.opened => return never_opened(record, around, rules),
+        _ => {}
+    }
+    if let Some(verdict) = we_stalled(record, around, rules) {
+        return verdict;
+    }
+    if hangs(record, rules) {
+        return instance_hangs(record, around, rules);
+    }
+    let is_close = matches!(record.how, Some(How::Close));
+    let break_ = find_break(record, rules);
+    let (edge, internal) = (
+        says(&around.edge, &break_, record, around.now, rules),
+        says(&around.internal, &break_, record, around.now, rules),
+    );
+    if is_close && closed_gap(record, rules).is_none() {
+        return ordinary_end(record);
+    }
+    if let Some(trouble) = trouble_at(&around.instance, break_.from, record.ended(), rules)
+        && record.unanswered_ms.unwrap_or(0) as Millis >= rules.heartbeat()
+        && !matches!(
+            (&edge, &internal),
+            (Says::Broke(_), _) | (_, Says::Broke(_))
+        )
+    {
+        return verdict(
+            Segment::Serve,
+            Confidence::Medium,
+            vec![
+                format!(
+                    "a message of the client's had waited {} for the instance",
+                    seconds(record.unanswered_ms.unwrap_or(0) as Millis)
+                ),
+                format!("the instance {}", trouble.what),
+            ],
+        );
+    }
+    weigh(record, around, rules, &break_, edge, internal)
+}
+
+fn closed_by_instance(record: &Record, around: &Around, rules: &Rules) -> Verdict {
+    let code = record.code.unwrap_or(1005);
+    let closed = format!("the instance closed the WebSocket with code {code}");
+    let end = record.ended();
+    match trouble_at(
+        &around.instance,
+        end - rules.slack(),
+        end + millis(rules.window()),
+        rules,
+    ) {
+        Some(trouble) => verdict(
+            Segment::Serve,
+            Confidence::High,
+            vec![closed, format!("the instance {}", trouble.what)],
+        ),
+        None => verdict(
+            Segment::None,
+            Confidence::Medium,
+            vec![closed, "it went on answering".into()],
+        ),
+    }
+}
+
+fn never_opened(record: &Record, around: &Around, rules: &Rules) -> Verdict {
+    let end = record.ended();
+    let waited = record.dur_ms as Millis;
+    let left = format!(
+        "the client left {} after it had asked, before the instance had answered",
+        seconds(waited)
+    );
+    let trouble = trouble_at(&around.instance, end - waited, end, rules);
+    if trouble.is_none() && waited < rules.watchdog() / 2 {
+        return verdict(Segment::None, Confidence::Low, vec![left]);
+    }
+    let mut evidence = vec![left];
+    evidence.extend(trouble.map(|trouble| format!("the instance {}", trouble.what)));
+    verdict(Segment::Serve, Confidence::Medium, evidence)
+}
+
+/// Convicts this service if it stood still for long enough to make a client give up.
+fn we_stalled(record: &Record, around: &Around, rules: &Rules) -> Option<Verdict> {
+    let end = record.ended();
+    let since = end - rules.watchdog() - rules.heartbeat() - rules.slack();
+    let (from, to) = *around.lags.iter().find(|(from, to)| {
+        to - from >= rules.watchdog() / 2 && *to >= since && *from <= end + rules.slack()
+    })?;
+    if matches!(record.how, Some(How::Close)) && record.code == Some(1001) {
+        return None;
+    }
+    let mut evidence = vec![format!(
+        "this service stood still for {} from {}",
+        seconds(to - from),
+        clock(from)
+    )];
+    evidence.extend(around.pressure.iter().cloned());
+    Some(verdict(Segment::Dispatch, Confidence::High, evidence))
+}
+
+fn instance_hangs(record: &Record, around: &Around, rules: &Rules) -> Verdict {
+    let end = record.ended();
+    let mut evidence = Vec::new();
+    if let Some(waited) = record.unanswered_ms {
+        evidence.push(format!(
+            "a message of the client's had waited {} for anything from the instance",
+            seconds(waited as Millis)
+        ));
+    }
+    if let Some(waited) = record.instance.untaken_ms {
+        evidence.push(format!(
+            "the instance had not taken what was sent to it for {}",
+            seconds(waited as Millis)
+        ));
+    }
+    let trouble = trouble_at(&around.instance, end - rules.watchdog(), end, rules);
+    let confidence = match &trouble {
+        Some(_) => Confidence::High,
+        None => Confidence::Medium,
+    };
+    match trouble {
+        Some(trouble) => evidence.push(format!("the instance {}", trouble.what)),
+        None => evidence.push("asked over HTTP, it did answer".into()),
+    }
+    evidence.extend(around.pressure.iter().cloned());
+    verdict(Segment::Serve, confidence, evidence)
+}
+
+/// Trouble of the instance that touches this time.
+fn trouble_at<'a>(
+    instance: &'a InstanceHistory,
+    from: Millis,
+    to: Millis,
+    rules: &Rules,
+) -> Option<&'a Trouble> {
+    let to = to + rules.slack();
+    instance
+        .troubles
+        .iter()
+        .find(|trouble| trouble.earliest <= to && trouble.until.is_none_or(|until| until >= from))
+}
+
+/// When the client's side broke.
+fn find_break(record: &Record, rules: &Rules) -> Break {
+    let (end, slack) = (record.ended(), rules.slack());
+    let silence = record.client.silence_ms as Millis;
+    let speaks = speaks(record, rules);
+    if speaks && silence >= rules.heartbeat() * 2 + slack {
+        let last = end - silence;
+        return Break {
+            from: last - slack,
+            to: last + rules.heartbeat() + slack,
+            silent: true,
+        };
+    }
+    if let Some((from, _)) = closed_gap(record, rules) {
+        return Break {
+            from: from - slack,
+            to: from + rules.heartbeat() + slack,
+            silent: true,
+        };
+    }
+    if matches!(record.how, Some(How::Timeout)) {
+        // Keepalive needs 20 s to begin with and three probes ten seconds apart; the user timeout has 45 s.
+        return Break {
+            from: (end - 56_000).max(end - silence) - slack,
+            to: end - 15_000,
+            silent: true,
+        };
+    }
+    Break {
+        from: end - slack,
+        to: end + slack,
+        silent: false,
+    }
+}
+
+/// What a leg says of the break.
+fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rules: &Rules) -> Says {
+    let (end, start) = (record.ended(), record.ended() - record.dur_ms as Millis);
+    let mut unclear = None;
+    for (position, conn) in leg.conns.iter().enumerate() {
+        for trouble in conn.troubles() {
+            let back = leg.conns[position + 1..].iter().map(|later| later.opened);
+            let until = trouble.until.or_else(|| back.min()).unwrap_or(now);
+            let lasted = until - trouble.earliest;
+            let told = format!("the leg {} {}", leg.name, trouble.what);
+            if conn.is_excused() {
+                if trouble.earliest <= break_.to && until >= break_.from {
+                    unclear = Some(format!("{told}, because the prober was restarted"));
+                }
+                continue;
+            }
+            let began_then = trouble.earliest <= break_.to && trouble.latest >= break_.from;
+            let as_long_as_a_watchdog =
+                trouble.earliest <= end - millis(rules.gap()) + millis(rules.stall());
+            let still_on = until >= end - rules.heartbeat();
+            let began_with_it = trouble.latest
+                >= end - rules.watchdog() - rules.heartbeat() - millis(rules.stall());
+            let short_life = record.dur_ms as Millis <= rules.watchdog() * 3;
+            let convicts = match (trouble.kind, break_.silent) {
+                (Kind::Cut, _) => began_then,
+                // A stall that is over before any client would give up has ended nothing.
+                (Kind::Stall, true) => began_then && lasted >= rules.watchdog() / 2,
+                // Ended in the open after a stall: the client has given up what it did not hear.
+                (Kind::Stall, false) => {
+                    as_long_as_a_watchdog
+                        && still_on
+                        && (began_with_it && trouble.earliest >= start - rules.slack()
+                            || short_life && trouble.earliest <= start)
+                }
+            } || trouble.kind == Kind::Stall
+                && break_.silent
+                && short_life
+                && trouble.earliest <= start
+                && until >= end - rules.slack();
+            if convicts {
+                return Says::Broke(told);
+            }
+            if trouble.earliest <= break_.to && until >= break_.from {
+                unclear = Some(told);
+            }
+        }
+    }
+    match unclear {
+        Some(told) => Says::Unclear(told),
+        None if covers(&leg.conns, break_, millis(rules.stall())) => Says::Clean,
+        None if leg.conns.is_empty() => {
+            Says::Unclear(format!("there is no leg {} to tell", leg.name))
+        }
+        None => Says::Unclear(format!("the leg {} was not connected then", leg.name)),
+    }
+}
+
+/// Whether the connections together were heard all through the break. One that was moved may leave a small hole.
+fn covers(conns: &[Conn], break_: &Break, hole: Millis) -> bool {
+    let mut reached = break_.from;
+    let mut spans: Vec<_> = conns.iter().map(|conn| (conn.opened, conn.heard)).collect();
+    spans.sort_unstable();
+    let mut covered = false;
+    for (opened, heard) in spans {
+        let hole = if covered { hole } else { 0 };
+        if opened <= reached + hole && heard >= reached {
+            reached = heard;
+            covered = true;
+        }
+    }
+    covered && reached >= break_.to
+}
+
+/// The verdict on a break of the client's side, from what the legs and the other people say.
+fn weigh(
+    record: &Record,
+    around: &Around,
+    rules: &Rules,
+    break_: &Break,
+    edge: Says,
+    internal: Says,
+) -> Verdict {
+    let (fell, lived) = company(record, around, rules, break_);
+    let mut evidence = vec![how_it_ended(record, break_)];
+    let people = |count: usize| match count {
+        1 => "1 other person".to_owned(),
+        count => format!("{count} other people"),
+    };
+    if !fell.is_empty() {
+        evidence.push(format!(
+            "{} broke off at the same moment",
+            people(fell.len())
+        ));
+    }
+    if lived > 0 {
+        evidence.push(format!("{} stayed connected", people(lived)));
+    }
+    let clean = |leg: &Leg| format!("the leg {} was clean", leg.name);
+    let unknown = |mut evidence: Vec<String>, why: String| {
+        evidence.push(why);
+        verdict(Segment::Unknown, Confidence::Low, evidence)
+    };
+    match (edge, internal) {
+        (Says::Broke(edge), Says::Clean) => {
+            evidence.extend([edge, clean(&around.internal)]);
+            let confidence = if fell.is_empty() {
+                Confidence::Medium
+            } else {
+                Confidence::High
+            };
+            verdict(Segment::Edge, confidence, evidence)
+        }
+        (Says::Broke(edge), Says::Broke(internal)) => {
+            evidence.extend([edge, internal]);
+            if lived > 0 {
+                return unknown(
+                    evidence,
+                    "that contradicts itself: the legs broke and other people did not".into(),
+                );
+            }
+            if around.opened_since {
+                return unknown(
+                    evidence,
+                    "the legs have not come back though people have: the prober itself may be gone"
+                        .into(),
+                );
+            }
+            let after = |trouble: &&Trouble| trouble.until.is_none_or(|until| until >= break_.from);
+            if let Some(trouble) = around.instance.troubles.iter().find(after) {
+                let why = format!("the instance was in trouble as well: it {}", trouble.what);
+                return unknown(evidence, why);
+            }
+            if around.instance.well.is_none_or(|well| well < break_.from) {
+                let why = "nothing shows that the instance was well then".into();
+                return unknown(evidence, why);
+            }
+            evidence.push("the instance answered all the while".into());
+            let confidence = if fell.is_empty() {
+                Confidence::Medium
+            } else {
+                Confidence::High
+            };
+            verdict(Segment::Internal, confidence, evidence)
+        }
+        (Says::Clean, Says::Clean) => {
+            evidence.push(format!(
+                "the legs {} and {} were clean",
+                around.edge.name, around.internal.name
+            ));
+            let elsewhere = fell.iter().any(|ip| *ip != record.ip);
+            if lived == 0 && fell.len() >= 2 && elsewhere {
+                return unknown(
+                    evidence,
+                    "that contradicts itself: so many people at once have something in common, which no leg has felt"
+                        .into(),
+                );
+            }
+            let confidence = if lived > 0 {
+                Confidence::High
+            } else {
+                Confidence::Medium
+            };
+            verdict(Segment::LastMile, confidence, evidence)
+        }
+        (Says::Broke(edge), Says::Unclear(internal)) => {
+            evidence.push(edge);
+            let why =
+                format!("whether it was the edge or what is behind it is not known: {internal}");
+            unknown(evidence, why)
+        }
+        (Says::Clean, Says::Broke(internal) | Says::Unclear(internal)) => {
+            evidence.push(clean(&around.edge));
+            unknown(evidence, internal)
+        }
+        (Says::Unclear(edge), internal) => {
+            evidence.push(match internal {
+                Says::Clean => clean(&around.internal),
+                Says::Broke(told) | Says::Unclear(told) => told,
+            });
+            unknown(evidence, edge)
+        }
+    }
+}
+
+/// Who else broke off in the same moment, by address, one for each person; and how many others lived through it.
+fn company<'a>(
+    record: &Record,
+    around: &'a Around,
+    rules: &Rules,
+    break_: &Break,
+) -> (Vec<&'a str>, usize) {
+    let (mut fell, mut lived): (Vec<(&str, &str)>, Vec<&str>) = Default::default();
+    let slack = rules.slack();
+    for other in around
+        .others
+        .iter()
+        .filter(|other| other.user != record.user)
+    {
+        if other.opened > break_.from {
+            continue;
+        }
+        let silent_since_then = other.talkative
+            && other.heard <= break_.to
+            && other.heard >= break_.from - rules.heartbeat()
+            && around.now - other.heard >= rules.heartbeat() * 5 / 2;
+        let gap_then = other
+            .gap
+            .is_some_and(|(from, _)| from >= break_.from - rules.heartbeat() && from <= break_.to);
+        let ended_then = other.ended.is_some_and(|(at, badly)| {
+            badly && (at - record.ended()).abs() <= slack.max(rules.heartbeat() / 2)
+        });
+        let user = other.user.as_str();
+        if ended_then || silent_since_then || gap_then {
+            fell.push((user, &other.ip));
+        } else if other.heard > break_.to + slack {
+            lived.push(user);
+        }
+    }
+    lived.retain(|user| !fell.iter().any(|(fallen, _)| fallen == user));
+    lived.sort_unstable();
+    lived.dedup();
+    fell.sort_unstable();
+    fell.dedup_by_key(|(user, _)| *user);
+    (fell.into_iter().map(|(_, ip)| ip).collect(), lived.len())
+}
+
+fn how_it_ended(record: &Record, break_: &Break) -> String {
+    let end = clock(record.ended());
+    let ended = match record.how {
+        Some(How::Close) => format!("the client closed it at {end}"),
+        Some(How::Fin) => {
+            format!("the client's side closed its connection at {end}, without a Close frame")
+        }
+        Some(How::Timeout) => format!("the client's side was given up at {end}"),
+        _ => format!("the client's side reset its connection at {end}"),
+    };
+    if !break_.silent {
+        return format!("{ended}, in full flow");
+    }
+    let (silence, gap) = (record.client.silence_ms, record.gap);
+    match gap.filter(|gap| gap.length_ms > silence) {
+        Some(gap) => format!(
+            "{ended}, after a silence of {} which was over {} before",
+            seconds(gap.length_ms as Millis),
+            seconds(gap.ago_ms as Millis)
+        ),
+        None => format!("{ended}, after a silence of {}", seconds(silence as Millis)),
+    }
+}
+
+fn seconds(millis: Millis) -> String {
+    format!("{:.1} s", millis as f64 / 1000.0)
+}
