@@ -1,6 +1,6 @@
 //! The command line: what was typed, then what it means.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -9,6 +9,7 @@ use log::Level;
 
 use crate::check;
 use crate::config::Settings;
+use crate::probe::{self, Show, settings, view};
 use crate::server::{self, Start};
 use crate::table::Table;
 use crate::upgrade;
@@ -43,6 +44,11 @@ enum Command {
     ///
     /// One line for each. The exit status is 0 only if all is well.
     Check(Check),
+    /// Hold permanent legs to a dispatcher and tell which are down
+    ///
+    /// At a terminal there is a live view, otherwise only log lines; metrics are on probe.listen. SIGTERM, SIGINT and SIGHUP
+    /// end it in good order, with exit status 0.
+    Probe(Probe),
 }
 
 #[derive(Debug, Args)]
@@ -81,11 +87,22 @@ struct Check {
     pair: Option<String>,
 }
 
+#[derive(Debug, Args)]
+struct Probe {
+    /// Settings file of the prober
+    #[arg(short, long, value_name = "FILE")]
+    conf: PathBuf,
+    /// Try each leg once and print the time of each step; the exit status is 0 only if all are up
+    #[arg(long)]
+    once: bool,
+}
+
 /// Runs the command line of this process and gives its exit status: 0 for success, 1 for a fault, 2 for a command that
 /// cannot be read.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    start_log();
+    let view = matches!(&cli.command, Command::Probe(probe) if !probe.once) && view::is_wanted();
+    start_log(view && std::io::stderr().is_terminal());
     match cli.command {
         Command::Serve(serve) => {
             let start = Start {
@@ -116,6 +133,24 @@ pub fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         }
+        Command::Probe(Probe { conf, once }) => {
+            let outcome = settings::Settings::load(&conf)
+                .map_err(|error| error.to_string())
+                .and_then(|settings| {
+                    if once {
+                        probe::once(settings).map_err(|error| error.to_string())
+                    } else {
+                        let show = if view { Show::View } else { Show::Log };
+                        probe::run(settings, show)
+                            .map(|()| true)
+                            .map_err(|error| error.to_string())
+                    }
+                });
+            match outcome {
+                Ok(false) => ExitCode::FAILURE,
+                outcome => report(outcome.map(|_| ())),
+            }
+        }
     }
 }
 
@@ -144,12 +179,19 @@ fn report(outcome: Result<(), String>) -> ExitCode {
     }
 }
 
-fn start_log() {
+/// Where a view has the terminal, log lines are handed to it.
+fn start_log(to_view: bool) {
     let default = env_logger::Env::default().default_filter_or("info,pingora=warn");
+    let target = if to_view {
+        env_logger::Target::Pipe(Box::new(view::Above))
+    } else {
+        env_logger::Target::Stderr
+    };
     env_logger::Builder::from_env(default)
+        .target(target)
         .format(|line, record| {
-            // On its finer levels Pingora writes whole requests, cookies included, whatever RUST_LOG asks for.
-            if record.target().starts_with("pingora") && record.level() > Level::Info {
+            // On their finer levels libraries write whole requests, cookies and tokens included, whatever RUST_LOG asks for.
+            if !record.target().starts_with("t3_dispatch") && record.level() > Level::Info {
                 return Ok(());
             }
             let (time, level) = (line.timestamp_millis(), record.level());

@@ -163,6 +163,47 @@ impl<'a> Section<'a> {
         meant
     }
 
+    /// The meaning of `key`, which has no default: `None` where it is absent or cannot be meant, which is then told.
+    pub(crate) fn require<W: DeserializeOwned, T>(
+        &mut self,
+        key: &'static str,
+        missing: &str,
+        meaning: impl Fn(W) -> Result<T, String>,
+    ) -> Option<T> {
+        let meant = self.take(key, None::<()>, |written: Option<W>| {
+            written.map(&meaning).transpose()
+        });
+        if meant.is_none() && !self.is_faulty(key) {
+            self.fault(key, format!("is missing: {missing}"));
+        }
+        meant
+    }
+
+    /// The meanings of a list of mappings, each read by `read`. What `read` did not ask for is unknown.
+    pub(crate) fn take_each<T>(
+        &mut self,
+        key: &'static str,
+        mut read: impl FnMut(&mut Section<'_>) -> T,
+    ) -> Vec<T> {
+        self.known.push(key);
+        let items = match self.map.remove(key) {
+            Some(Value::Sequence(items)) => items,
+            None | Some(Value::Null) => Vec::new(),
+            Some(other) => {
+                self.fault(key, format!("{} is not a list of mappings", shown(&other)));
+                Vec::new()
+            }
+        };
+        let mut meant = Vec::new();
+        for (position, item) in items.into_iter().enumerate() {
+            let path = format!("{}.{key}[{position}]", self.path);
+            let mut section = Section::new(path, item, self.faults);
+            meant.push(read(&mut section));
+            section.finish();
+        }
+        meant
+    }
+
     /// The secret under `token`, or in the file that `token_file` names.
     pub(crate) fn token(&mut self) -> Option<Secret> {
         // A secret is never quoted, whatever is wrong with it.

@@ -1,0 +1,472 @@
+//! The prober's settings file: the section `probe`, and nothing beside it.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http::Uri;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
+use yaml_serde::Value;
+
+use crate::config::section::{self, Section, address, duration, leg_name, plain};
+use crate::config::{ConfigError, Fault, Secret};
+
+/// The dispatcher holds so many echoes for one address.
+const MOST_LEGS: usize = 16;
+
+/// The dispatcher, and many an edge, ends a WebSocket that is silent for longer than about this.
+const LONGEST_HEARTBEAT: Duration = Duration::from_secs(60);
+
+/// Heartbeats more often than this would load the path that they measure.
+const SHORTEST_HEARTBEAT: Duration = Duration::from_millis(100);
+
+/// The longest wait for anything, so that what is waited for stays bounded.
+const LONGEST_WAIT: Duration = Duration::from_secs(600);
+
+/// Everything that the prober needs to know.
+#[derive(Debug)]
+pub struct Settings {
+    /// Where the operator asks for `/metrics` and `/healthz`.
+    pub listen: SocketAddr,
+    /// What shows the dispatcher that a WebSocket is a leg of ours.
+    pub token: Option<Secret>,
+    /// How often a leg says something.
+    pub heartbeat: Duration,
+    /// After how long without its echo a heartbeat is lost, and the leg with it.
+    pub rtt_timeout: Duration,
+    /// Longest wait for each of DNS, connect, TLS and upgrade.
+    pub connect_timeout: Duration,
+    /// The first wait before a reconnect, and by how much it grows with each try that failed.
+    pub reconnect: Duration,
+    /// The longest wait before a reconnect.
+    pub reconnect_max: Duration,
+    /// Certificates that are believed beside the system's.
+    pub roots: Vec<CertificateDer<'static>>,
+    /// In the order of the file, never empty.
+    pub legs: Vec<Leg>,
+}
+
+/// One permanent path to the dispatcher or to an instance.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Leg {
+    /// Its name, in the URL, in labels and in log lines.
+    pub name: String,
+    /// What it speaks.
+    pub kind: Kind,
+    /// What it asks for.
+    pub url: Target,
+    /// How it finds the address.
+    pub resolve: Resolve,
+}
+
+/// What a leg speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A WebSocket that is held, with heartbeats and their echoes.
+    WebSocket,
+    /// A GET every heartbeat.
+    Http,
+}
+
+/// A URL in its parts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// Whether TLS goes first.
+    pub tls: bool,
+    /// The name or address, an IPv6 address without brackets.
+    pub host: String,
+    /// The port, as written or as the scheme has it.
+    pub port: u16,
+    /// What follows the host, at least `/`.
+    pub path: String,
+}
+
+/// How a leg finds the address that it connects to. Everything else stays that of the URL.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resolve {
+    /// As the system does.
+    System,
+    /// It is this one; without a port, the URL's.
+    Pinned(IpAddr, Option<u16>),
+    /// By DNS over HTTPS, from this server.
+    Https(Target),
+}
+
+impl Settings {
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// When it cannot be read, is not YAML, or says something that cannot be meant.
+    pub fn load(file: &Path) -> Result<Settings, ConfigError> {
+        section::load(file, Settings::parse)
+    }
+
+    /// The meaning of a settings file's text. Files that it names are read.
+    ///
+    /// # Errors
+    /// All faults of the text.
+    pub fn parse(text: &str) -> Result<Settings, Vec<Fault>> {
+        let mut top = section::mapping(text)?;
+        let mut faults = Vec::new();
+        let ours = top.remove("probe").unwrap_or(Value::Null);
+        let settings = Settings::read(Section::new("probe".into(), ours, &mut faults));
+        faults.extend(top.keys().map(|key| Fault {
+            key: plain(key),
+            what: "is not a key here; the only one at the top level is probe".into(),
+        }));
+        if faults.is_empty() {
+            Ok(settings)
+        } else {
+            Err(faults)
+        }
+    }
+
+    fn read(mut section: Section<'_>) -> Settings {
+        let settings = Settings {
+            listen: section.take("listen", "0.0.0.0:9108", address),
+            token: section.token(),
+            heartbeat: section.take("heartbeat", "10s", |text| {
+                within(text, SHORTEST_HEARTBEAT, LONGEST_HEARTBEAT)
+            }),
+            rtt_timeout: section.take("rtt_timeout", "20s", wait),
+            connect_timeout: section.take("connect_timeout", "10s", wait),
+            reconnect: section.take("reconnect", "3s", wait),
+            reconnect_max: section.take("reconnect_max", "30s", wait),
+            roots: section.take("ca_file", None::<PathBuf>, |file: Option<PathBuf>| {
+                file.map_or(Ok(Vec::new()), |file| certificates(&file))
+            }),
+            legs: section
+                .take_each("legs", Leg::read)
+                .into_iter()
+                .flatten()
+                .collect(),
+        };
+        if settings.reconnect_max < settings.reconnect && !section.is_faulty("reconnect") {
+            section.fault(
+                "reconnect_max",
+                "is shorter than reconnect: it is the longest wait before a reconnect",
+            );
+        }
+        if settings.legs.is_empty() && !section.is_faulty("legs") {
+            section.fault(
+                "legs",
+                "is empty: name at least one leg, with name, kind and url",
+            );
+        }
+        if settings.legs.len() > MOST_LEGS {
+            let what = format!(
+                "are {}: the dispatcher takes at most {MOST_LEGS} from one address",
+                settings.legs.len()
+            );
+            section.fault("legs", what);
+        }
+        let mut names = HashSet::new();
+        for leg in &settings.legs {
+            if !names.insert(&leg.name) {
+                let what = format!("hold {:?} twice: a leg's name is its own", leg.name);
+                section.fault("legs", what);
+            }
+        }
+        section.finish();
+        settings
+    }
+}
+
+impl Leg {
+    /// The leg, unless a part of it is missing or faulty, which is then told.
+    fn read(section: &mut Section<'_>) -> Option<Leg> {
+        let name = section.require("name", "write for example cloudflare", leg_name);
+        let kind = section.require("kind", "write websocket or http", |text: String| match text
+            .as_str()
+        {
+            "websocket" => Ok(Kind::WebSocket),
+            "http" => Ok(Kind::Http),
+            _ => Err(format!(
+                "{text:?} is not a kind of leg: write websocket or http"
+            )),
+        });
+        let url = section.require(
+            "url",
+            "write for example wss://t3.example.com/probe/ws",
+            |text: String| target(&text, &["wss", "ws", "https", "http"]),
+        );
+        let resolve = section.take("resolve", "system", resolve);
+        let (scheme, url) = url?;
+        let (name, kind) = (name?, kind?);
+        let (fits, write) = match kind {
+            Kind::WebSocket => (matches!(scheme, "ws" | "wss"), "wss:// or ws://"),
+            Kind::Http => (matches!(scheme, "http" | "https"), "https:// or http://"),
+        };
+        if !fits {
+            section.fault(
+                "url",
+                format!("begins with {scheme}://, which a leg of this kind does not speak: write {write}"),
+            );
+            return None;
+        }
+        if kind == Kind::WebSocket && url.path.split(['?', '&']).skip(1).any(is_leg_parameter) {
+            section.fault(
+                "url",
+                "has leg= in its query, which the prober adds by itself: leave it out",
+            );
+            return None;
+        }
+        if matches!(resolve, Resolve::Https(_)) && url.host.parse::<IpAddr>().is_ok() {
+            section.fault(
+                "resolve",
+                "has nothing to look up, as the URL holds an address: leave it out, or write a name in the URL",
+            );
+            return None;
+        }
+        Some(Leg {
+            name,
+            kind,
+            url,
+            resolve,
+        })
+    }
+}
+
+fn is_leg_parameter(pair: &str) -> bool {
+    pair == "leg" || pair.starts_with("leg=")
+}
+
+impl Target {
+    /// The host as it stands in a URL.
+    fn bracketed(&self) -> String {
+        if self.host.contains(':') {
+            format!("[{}]", self.host)
+        } else {
+            self.host.clone()
+        }
+    }
+
+    /// The value of the `Host` header: no port where it is the scheme's own.
+    pub fn authority(&self) -> String {
+        if self.port == default_port(self.tls) {
+            self.bracketed()
+        } else {
+            format!("{}:{}", self.bracketed(), self.port)
+        }
+    }
+
+    /// The path with a parameter added to its query.
+    pub fn path_with(&self, key: &str, value: &str) -> String {
+        let joint = match self.path.split_once('?') {
+            None => "?",
+            Some((_, query)) if query.is_empty() || query.ends_with('&') => "",
+            Some(_) => "&",
+        };
+        format!("{}{joint}{key}={value}", self.path)
+    }
+}
+
+impl fmt::Display for Resolve {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Resolve::System => f.write_str("system"),
+            Resolve::Pinned(ip, None) => write!(f, "{ip}"),
+            Resolve::Pinned(ip, Some(port)) => write!(f, "{}", SocketAddr::new(*ip, *port)),
+            Resolve::Https(server) => write!(f, "https://{}{}", server.authority(), server.path),
+        }
+    }
+}
+
+fn default_port(tls: bool) -> u16 {
+    if tls { 443 } else { 80 }
+}
+
+fn wait(text: String) -> Result<Duration, String> {
+    within(text, Duration::from_millis(1), LONGEST_WAIT)
+}
+
+fn within(text: String, shortest: Duration, longest: Duration) -> Result<Duration, String> {
+    let meant = duration(text.clone())?;
+    if (shortest..=longest).contains(&meant) {
+        Ok(meant)
+    } else {
+        Err(format!(
+            "{text} is out of range: write {} to {}",
+            humantime::format_duration(shortest),
+            humantime::format_duration(longest)
+        ))
+    }
+}
+
+/// A URL's scheme, and its parts.
+fn target(text: &str, schemes: &[&'static str]) -> Result<(&'static str, Target), String> {
+    let wanted = format!("write for example {}://t3.example.com/", schemes[0]);
+    // Such a URL is not quoted.
+    let authority = text
+        .split_once("://")
+        .map_or(text, |(_, rest)| rest)
+        .split(['/', '?', '#'])
+        .next()
+        .unwrap_or_default();
+    if authority.contains('@') {
+        return Err(
+            "has credentials in it: leave them out; a token has its place in probe.token_file"
+                .into(),
+        );
+    }
+    // The parser would drop it without a word.
+    if text.contains('#') {
+        return Err(format!(
+            "{text:?} has a fragment, which is never sent: leave out what follows the #"
+        ));
+    }
+    let no_url = || format!("{text:?} is not a URL: {wanted}");
+    let uri: Uri = text.parse().map_err(|_| no_url())?;
+    let scheme = uri.scheme_str().ok_or_else(no_url)?;
+    let scheme = schemes
+        .iter()
+        .find(|known| **known == scheme)
+        .ok_or_else(|| format!("{text:?} does not begin with {}://", schemes.join("://, ")))?;
+    let host = uri.host().unwrap_or_default();
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    // What is no name for TLS is none for DNS either.
+    ServerName::try_from(host).map_err(|_| no_url())?;
+    let tls = matches!(*scheme, "wss" | "https");
+    let written = uri.authority().is_some_and(|authority| {
+        authority
+            .as_str()
+            .rsplit_once(':')
+            .is_some_and(|(_, port)| !port.ends_with(']'))
+    });
+    let port = match uri.port_u16() {
+        Some(0) => return Err(no_url()),
+        Some(port) => port,
+        None if written => return Err(no_url()),
+        None => default_port(tls),
+    };
+    let path = match uri.path_and_query().map_or("/", |path| path.as_str()) {
+        query if query.starts_with('?') => format!("/{query}"),
+        "" => "/".into(),
+        path => path.into(),
+    };
+    let target = Target {
+        tls,
+        host: host.to_owned(),
+        port,
+        path,
+    };
+    Ok((scheme, target))
+}
+
+fn resolve(text: String) -> Result<Resolve, String> {
+    if text == "system" {
+        return Ok(Resolve::System);
+    }
+    if let Ok(ip) = text.parse() {
+        return Ok(Resolve::Pinned(ip, None));
+    }
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return match address.port() {
+            0 => Err(format!("{text:?} has no port that can be connected to")),
+            port => Ok(Resolve::Pinned(address.ip(), Some(port))),
+        };
+    }
+    if text.starts_with("https://") {
+        let (_, server) = target(&text, &["https"])?;
+        // The resolver puts the query into the body, and leaves no room for one in the URL.
+        return match server.path.contains('?') {
+            true => Err(format!(
+                "{text:?} has a query: leave out what follows the ?"
+            )),
+            false => Ok(Resolve::Https(server)),
+        };
+    }
+    Err(format!(
+        "{text:?} is no way to resolve: write system, an address such as 192.0.2.7 or 192.0.2.7:8443, or the URL of a \
+         server for DNS over HTTPS such as https://1.1.1.1/dns-query"
+    ))
+}
+
+fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let shown = file.display();
+    let pem =
+        std::fs::read(file).map_err(|error| format!("\"{shown}\" cannot be read: {error}"))?;
+    let found: Vec<_> = CertificateDer::pem_slice_iter(&pem)
+        .collect::<Result<_, _>>()
+        .map_err(|error| format!("\"{shown}\" is not a file of PEM certificates: {error}"))?;
+    if found.is_empty() {
+        return Err(format!(
+            "\"{shown}\" holds no certificate: write a file with -----BEGIN CERTIFICATE-----"
+        ));
+    }
+    let mut roots = tokio_rustls::rustls::RootCertStore::empty();
+    for (position, certificate) in found.iter().enumerate() {
+        roots.add(certificate.clone()).map_err(|error| {
+            format!(
+                "\"{shown}\": certificate {} is not usable: {error}",
+                position + 1
+            )
+        })?;
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_in_their_parts() {
+        let parts = |text: &str| {
+            let (_, url) = target(text, &["wss", "http"]).unwrap();
+            (url.authority(), url.port, url.path_with("leg", "a"))
+        };
+        for (text, authority, port, path) in [
+            ("wss://t3.example.com", "t3.example.com", 443, "/?leg=a"),
+            (
+                "wss://t3.example.com:443/p",
+                "t3.example.com",
+                443,
+                "/p?leg=a",
+            ),
+            (
+                "http://t3.example.com:443/p?",
+                "t3.example.com:443",
+                443,
+                "/p?leg=a",
+            ),
+            (
+                "http://[::1]:8080/p?q=1",
+                "[::1]:8080",
+                8080,
+                "/p?q=1&leg=a",
+            ),
+            ("http://[::1]?q&", "[::1]", 80, "/?q&leg=a"),
+        ] {
+            assert_eq!(parts(text), (authority.into(), port, path.into()), "{text}");
+        }
+    }
+
+    #[test]
+    fn ways_to_resolve_read_as_they_are_written() {
+        for text in [
+            "system",
+            "192.0.2.7",
+            "192.0.2.7:8443",
+            "2001:db8::7",
+            "[2001:db8::7]:8443",
+            "https://1.1.1.1/dns-query",
+            "https://dns.example.com:8443/",
+        ] {
+            assert_eq!(resolve(text.into()).unwrap().to_string(), text);
+        }
+        for text in [
+            "",
+            "dns",
+            "192.0.2.7:0",
+            "1.1.1.1/dns-query",
+            "http://1.1.1.1/",
+            "https://1.1.1.1/?a",
+        ] {
+            resolve(text.into()).unwrap_err();
+        }
+    }
+}
