@@ -181,8 +181,8 @@ fn legs_are_away(record: &Record) -> bool {
     let Some((rules, edge, internal)) = SETTINGS.get() else {
         return false;
     };
-    let span = (rules.watchdog + rules.heartbeat).as_millis() as Millis
-        + record.client.silence_ms as Millis;
+    let span =
+        (rules.watchdog + rules.heartbeat).as_millis() as Millis + record.unheard_ms as Millis;
     [edge, internal].iter().all(|leg| {
         let conns = evidence::conns(leg);
         conns.last().is_some_and(|last| {
@@ -247,7 +247,7 @@ fn around(record: &Record, rules: &Rules, edge: &str, internal: &str) -> Around 
 fn witness(record: &Record, rules: &Rules) -> Witness {
     let ended = record.ended();
     let lived = record.dur_ms as Millis;
-    let silence = record.client.silence_ms as Millis;
+    let silence = record.unheard_ms as Millis;
     let gap = record.gap.map(|gap| {
         let to = ended - gap.ago_ms as Millis;
         (to - gap.length_ms as Millis, to)

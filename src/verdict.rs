@@ -293,7 +293,12 @@ fn hangs(record: &Record, rules: &Rules) -> bool {
     let limit = (rules.watchdog() - rules.heartbeat() * 6 / 5).max(rules.watchdog() / 2);
     let over = |waited: Option<u64>| waited.is_some_and(|waited| waited as Millis >= limit);
     let untaken_by_client = record.client.untaken_ms.unwrap_or(0);
-    over(record.instance.untaken_ms)
+    // It has answered after all, while the client's goodbye was on its way.
+    let just_now = record
+        .hang
+        .is_some_and(|hang| hang.ago_ms as Millis <= rules.slack() && over(Some(hang.length_ms)));
+    just_now
+        || over(record.instance.untaken_ms)
         // What the instance answered may be waiting here for a client that takes nothing.
         || over(record.unanswered_ms) && untaken_by_client < record.unanswered_ms.unwrap_or(0) / 2
 }
@@ -308,7 +313,7 @@ fn closed_gap(record: &Record, rules: &Rules) -> Option<(Millis, Millis)> {
 
 /// Whether the client spoke regularly, so that its silence means something.
 fn speaks(record: &Record, rules: &Rules) -> bool {
-    let silences = record.client.silence_ms + record.gap.map_or(0, |gap| gap.length_ms);
+    let silences = record.unheard_ms + record.gap.map_or(0, |gap| gap.length_ms);
     is_talkative(
         record.client.messages,
         record.dur_ms.saturating_sub(silences) as Millis,
@@ -343,7 +348,14 @@ pub fn judge(record: &Record, around: &Around, rules: &Rules) -> Verdict {
         says(&around.edge, &break_, record, around.now, rules),
         says(&around.internal, &break_, record, around.now, rules),
     );
-    if is_close && closed_gap(record, rules).is_none() {
+    let broke = matches!(
+        (&edge, &internal),
+        (Says::Broke(_), _) | (_, Says::Broke(_))
+    );
+    // A client that gives up says goodbye as one that leaves does; then the way has to show it, or its own long silence.
+    let gave_up = closed_gap(record, rules)
+        .is_some_and(|(_, to)| broke || record.ended() - to <= rules.slack());
+    if is_close && !gave_up {
         return ordinary_end(record);
     }
     if let Some(trouble) = trouble_at(&around.instance, break_.from, record.ended(), rules)
@@ -435,6 +447,12 @@ fn instance_hangs(record: &Record, around: &Around, rules: &Rules) -> Verdict {
             seconds(waited as Millis)
         ));
     }
+    if let Some(hang) = record.hang.filter(|_| record.unanswered_ms.is_none()) {
+        evidence.push(format!(
+            "the instance had answered nothing for {} when the client gave up",
+            seconds(hang.length_ms as Millis)
+        ));
+    }
     if let Some(waited) = record.instance.untaken_ms {
         evidence.push(format!(
             "the instance had not taken what was sent to it for {}",
@@ -471,7 +489,7 @@ fn trouble_at<'a>(
 /// When the client's side broke.
 fn find_break(record: &Record, rules: &Rules) -> Break {
     let (end, slack) = (record.ended(), rules.slack());
-    let silence = record.client.silence_ms as Millis;
+    let silence = record.unheard_ms as Millis;
     let speaks = speaks(record, rules);
     if speaks && silence >= rules.heartbeat() * 2 + slack {
         let last = end - silence;
@@ -742,7 +760,7 @@ fn how_it_ended(record: &Record, break_: &Break) -> String {
     if !break_.silent {
         return format!("{ended}, in full flow");
     }
-    let (silence, gap) = (record.client.silence_ms, record.gap);
+    let (silence, gap) = (record.unheard_ms, record.gap);
     match gap.filter(|gap| gap.length_ms > silence) {
         Some(gap) => format!(
             "{ended}, after a silence of {} which was over {} before",

@@ -158,11 +158,11 @@ impl Far {
     /// Whether the leg owes an answer that is not overdue yet.
     pub fn owes(&mut self) -> bool {
         self.look();
-        self.stalled.is_none() && !self.sent.is_empty()
+        !self.ended && self.stalled.is_none() && !self.sent.is_empty()
     }
 
     fn look(&mut self) {
-        let Some(oldest) = self.sent.front() else {
+        let Some(oldest) = self.sent.front().filter(|_| !self.ended) else {
             return;
         };
         if self.stalled.is_none() && oldest.then.elapsed() >= self.stall {

@@ -12,6 +12,10 @@ const CLOSE: u8 = 8;
 pub struct Seen {
     /// Data messages whose last frame's head was in it.
     pub messages: u64,
+    /// Data messages whose last byte was in it.
+    pub whole: u64,
+    /// Whether a frame's last byte was in it.
+    pub frame: bool,
     /// The Close frame that was in it: its code, 1005 where it has none (RFC 6455, section 7.1.5).
     pub close: Option<u16>,
 }
@@ -74,6 +78,8 @@ impl Heads {
             bytes = &bytes[take..];
             self.left -= take as u64;
             if self.left == 0 {
+                seen.frame = true;
+                seen.whole += u64::from(self.head[0] & 0x80 != 0 && self.opcode() < CLOSE);
                 if self.opcode() == CLOSE {
                     let code = if self.code_have == 2 {
                         u16::from_be_bytes(self.code)

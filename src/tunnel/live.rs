@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-use super::{Ender, Facts, How, Sensor, Side};
+use super::{Ender, Facts, Gap, How, Sensor, Side};
 use crate::close::{Cause, cause};
 use crate::events;
 use crate::evidence::{self, Millis};
@@ -359,9 +359,15 @@ pub struct Record {
     pub instance: SentRecord,
     /// For how long the oldest client message had waited for anything from the instance, in milliseconds.
     pub unanswered_ms: Option<u64>,
-    /// The client's last long silence that was over before the end.
+    /// For how long no frame of the client's had been whole, in milliseconds.
+    #[serde(default)]
+    pub unheard_ms: u64,
+    /// The client's last long time without a whole frame that was over before the end.
     #[serde(default)]
     pub gap: Option<GapRecord>,
+    /// The last long time without a whole answer of the instance's that was over before the end.
+    #[serde(default)]
+    pub hang: Option<GapRecord>,
     /// Seconds since the same user's last tunnel from the same address ended badly.
     pub ws_gap_seconds: Option<f64>,
     /// Whose fault it was; absent while the evidence is still coming in.
@@ -369,13 +375,22 @@ pub struct Record {
     pub verdict: Option<Verdict>,
 }
 
-/// A silence, in a [`Record`].
+/// A long wait, in a [`Record`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GapRecord {
     /// How long it was.
     pub length_ms: u64,
     /// How long before the end it was over.
     pub ago_ms: u64,
+}
+
+impl From<Gap> for GapRecord {
+    fn from(gap: Gap) -> GapRecord {
+        GapRecord {
+            length_ms: millis(gap.length),
+            ago_ms: millis(gap.ago),
+        }
+    }
 }
 
 /// What one side sent, in a [`Record`].
@@ -436,10 +451,9 @@ impl Record {
             client: sent(&facts.client),
             instance: sent(&facts.instance),
             unanswered_ms: facts.unanswered.map(millis),
-            gap: facts.gap.map(|gap| GapRecord {
-                length_ms: millis(gap.length),
-                ago_ms: millis(gap.ago),
-            }),
+            unheard_ms: millis(facts.unheard),
+            gap: facts.gap.map(GapRecord::from),
+            hang: facts.hang.map(GapRecord::from),
             ws_gap_seconds: gap.map(|gap| gap.as_secs_f64()),
             verdict: None,
         }

@@ -102,9 +102,13 @@ pub struct Sensor {
     opened: bool,
     client: Direction,
     instance: Direction,
-    /// A client's silence that is longer is a gap.
+    /// A wait that is longer is a gap.
     gap_limit: Duration,
     gap: Option<(Instant, Instant)>,
+    /// When the client's last frame was whole.
+    heard: Instant,
+    /// When a client's message waited that long for the instance.
+    hang: Option<(Instant, Instant)>,
     /// When the first of those client messages came that the instance has sent nothing after.
     unanswered: Option<Instant>,
     first: Option<(Ender, How)>,
@@ -126,8 +130,12 @@ pub struct Facts {
     pub instance: Sent,
     /// For how long the oldest client message had been waiting for anything from the instance.
     pub unanswered: Option<Duration>,
-    /// The client's last long silence that was over before the end.
+    /// For how long no frame of the client's had been whole.
+    pub unheard: Duration,
+    /// The client's last long time without a whole frame that was over before the end.
     pub gap: Option<Gap>,
+    /// The last long time without a whole answer of the instance's that was over before the end.
+    pub hang: Option<Gap>,
     /// Who ended it first, and how; nobody where the end came without a sign.
     pub first: Option<(Ender, How)>,
 }
@@ -151,7 +159,7 @@ pub struct Sent {
     pub untaken: Option<Duration>,
 }
 
-/// A silence of the client's that was over before the end.
+/// A long wait that was over before the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gap {
     /// How long it was.
@@ -161,7 +169,7 @@ pub struct Gap {
 }
 
 impl Sensor {
-    /// A sensor for a tunnel that was asked for at `now`. A silence of the client's over `gap_limit` is noted.
+    /// A sensor for a tunnel that was asked for at `now`. A wait over `gap_limit` is noted.
     pub fn new(now: Instant, gap_limit: Duration) -> Sensor {
         Sensor {
             start: now,
@@ -170,6 +178,8 @@ impl Sensor {
             instance: Direction::new(now),
             gap_limit,
             gap: None,
+            heard: now,
+            hang: None,
             unanswered: None,
             first: None,
             ended: None,
@@ -181,6 +191,7 @@ impl Sensor {
         self.opened = true;
         self.client.last = now;
         self.instance.last = now;
+        self.heard = now;
     }
 
     /// `bytes` have come from `side`; gives the data messages that ended in them.
@@ -188,25 +199,30 @@ impl Sensor {
         let gap_limit = self.gap_limit;
         let direction = self.direction(side);
         let seen = direction.heads.read(bytes);
-        let between_frames = direction.heads.at_boundary();
-        let (silence, last) = (direction.silence(now), direction.last);
+        let silence = direction.silence(now);
         direction.bytes += bytes.len() as u64;
         direction.messages += seen.messages;
         direction.longest_silence = direction.longest_silence.max(silence);
         direction.last = now;
         match side {
             Side::Client => {
-                if silence >= gap_limit {
-                    self.gap = Some((last, now));
+                if seen.frame {
+                    let heard = std::mem::replace(&mut self.heard, now);
+                    if now.saturating_duration_since(heard) >= gap_limit {
+                        self.gap = Some((heard, now));
+                    }
                 }
-                if seen.messages > 0 {
+                if seen.whole > 0 {
                     self.unanswered.get_or_insert(now);
                 }
             }
             Side::Instance => {
-                // A client knows messages only: a frame that trickles in is no answer to it.
-                if seen.messages > 0 || between_frames {
-                    self.unanswered = None;
+                // A client knows whole messages only: one that trickles in is no answer to it.
+                if seen.frame
+                    && let Some(since) = self.unanswered.take()
+                    && now.saturating_duration_since(since) >= gap_limit
+                {
+                    self.hang = Some((since, now));
                 }
                 // It is Pingora's now, which comes back for more once the client has taken it.
                 self.client.untaken.get_or_insert(now);
@@ -221,6 +237,10 @@ impl Sensor {
 
     /// `side` has taken what was there for it, or has not.
     pub fn takes(&mut self, side: Side, takes: bool, now: Instant) {
+        // What happens to the rest is of no concern.
+        if self.ended.is_some() {
+            return;
+        }
         let direction = self.direction(side);
         if takes {
             direction.untaken = None;
@@ -270,6 +290,12 @@ impl Sensor {
                 .untaken
                 .map(|since| now.saturating_duration_since(since)),
         };
+        let gap = |span: Option<(Instant, Instant)>| {
+            span.map(|(from, to)| Gap {
+                length: to.saturating_duration_since(from),
+                ago: now.saturating_duration_since(to),
+            })
+        };
         Facts {
             opened: self.opened,
             duration: now.saturating_duration_since(self.start),
@@ -279,17 +305,16 @@ impl Sensor {
             unanswered: self
                 .unanswered
                 .map(|since| now.saturating_duration_since(since)),
-            gap: self.gap.map(|(from, to)| Gap {
-                length: to.saturating_duration_since(from),
-                ago: now.saturating_duration_since(to),
-            }),
+            unheard: now.saturating_duration_since(self.heard),
+            gap: gap(self.gap),
+            hang: gap(self.hang),
             first: self.first,
         }
     }
 
     /// When the client was last heard, and its last long silence before that.
     pub fn client_heard(&self) -> (Instant, Option<(Instant, Instant)>) {
-        (self.client.last, self.gap)
+        (self.heard, self.gap)
     }
 
     /// Whether the instance has answered 101.

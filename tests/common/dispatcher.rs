@@ -130,9 +130,12 @@ impl Setup {
     }
 }
 
-/// The binary under test.
+/// The binary under test; in an example that is the example itself, which has to behave as one.
 pub fn program() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_t3-dispatch"));
+    let mut command = match option_env!("CARGO_BIN_EXE_t3-dispatch") {
+        Some(program) => Command::new(program),
+        None => Command::new(std::env::current_exe().unwrap()),
+    };
     command.stdin(Stdio::null());
     command
 }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt, StreamExt};
@@ -133,8 +134,8 @@ impl Relay {
 /// How much later things come through a delaying relay.
 const LATER: Duration = Duration::from_secs(3);
 
-/// What a throttled relay passes in each tenth of a second.
-const NARROW: usize = 3;
+/// A throttled relay passes a byte in this time.
+const NARROW: Duration = Duration::from_millis(200);
 
 async fn relay(near: TcpStream, target: SocketAddr, mut orders: watch::Receiver<Orders>) {
     let Ok(far) = TcpStream::connect(target).await else {
@@ -193,10 +194,13 @@ async fn pass(
     mut orders: watch::Receiver<Orders>,
 ) {
     let (later, mut queue) = tokio::sync::mpsc::unbounded_channel::<(Instant, Vec<u8>)>();
+    // Bytes that have been taken and not been passed on.
+    let waiting = Arc::new(AtomicUsize::new(0));
     // Bytes stay in order, so those that come after late ones are late as well.
     let writer = tokio::spawn({
         let mut orders = orders.clone();
         let mut to = to;
+        let waiting = waiting.clone();
         async move {
             while let Some((due, bytes)) = queue.recv().await {
                 tokio::time::sleep_until(due.into()).await;
@@ -205,8 +209,8 @@ async fn pass(
                     let mode = orders.borrow_and_update().mode;
                     let step = match mode {
                         Mode::Throttle => {
-                            tokio::time::sleep(Duration::from_millis(100)).await;
-                            NARROW.min(left.len())
+                            let _ = timeout(NARROW, orders.changed()).await;
+                            1
                         }
                         Mode::Freeze => {
                             if orders.changed().await.is_err() {
@@ -219,6 +223,7 @@ async fn pass(
                     if to.write_all(&left[..step]).await.is_err() {
                         return;
                     }
+                    waiting.fetch_sub(step, Ordering::AcqRel);
                     left = &left[step..];
                 }
             }
@@ -245,28 +250,34 @@ async fn pass(
         };
         let Ok(count @ 1..) = read else {
             // In a black hole an end is lost as well.
-            if orders.borrow().mode == Mode::Blackhole {
+            let lost = orders.borrow().mode == Mode::Blackhole;
+            if lost {
                 std::future::pending::<()>().await;
             }
             break;
         };
-        match orders.borrow().mode {
-            Mode::Blackhole => {}
-            mode => {
-                let wait = if mode == Mode::Delay { LATER } else { Duration::ZERO };
-                let _ = later.send((Instant::now() + wait, buffer[..count].to_vec()));
-                // A narrow place holds back whoever sends.
-                while mode == Mode::Throttle && later.strong_count() > 0 && orders.borrow().mode == Mode::Throttle {
-                    if count < 4096 {
-                        break;
-                    }
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
-            }
+        let mode = orders.borrow().mode;
+        if mode == Mode::Blackhole {
+            continue;
+        }
+        let wait = if mode == Mode::Delay {
+            LATER
+        } else {
+            Duration::ZERO
+        };
+        waiting.fetch_add(count, Ordering::AcqRel);
+        let _ = later.send((Instant::now() + wait, buffer[..count].to_vec()));
+        // A narrow place holds back whoever sends.
+        while is_narrow(&orders) && waiting.load(Ordering::Acquire) > 4096 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
     drop(later);
     let _ = writer.await;
+}
+
+fn is_narrow(orders: &watch::Receiver<Orders>) -> bool {
+    orders.borrow().mode == Mode::Throttle
 }
 
 /// A person with a browser: a WebSocket that comes back when it is lost.
@@ -519,11 +530,13 @@ impl Lab {
         self.prober = Some(child);
     }
 
-    pub fn signal_prober(&mut self, signal: Signal) {
+    pub async fn signal_prober(&mut self, signal: Signal) {
         let child = self.prober.as_mut().unwrap();
         rustix::process::kill_process(rustix::process::Pid::from_child(child), signal).unwrap();
         if signal != Signal::STOP && signal != Signal::CONT {
-            let _ = child.wait();
+            while child.try_wait().unwrap().is_none() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
             self.prober = None;
         }
     }
@@ -532,7 +545,8 @@ impl Lab {
     pub async fn wait_until_well(&self) {
         let well = async || {
             let people = self.people.iter().all(|person| person.counts().is_open);
-            let log = std::fs::read_to_string(self.base.path().join("probe.log")).unwrap_or_default();
+            let log =
+                std::fs::read_to_string(self.base.path().join("probe.log")).unwrap_or_default();
             let metrics = http::request(self.dispatcher.admin(), "GET", "/metrics", &[], b"").await;
             let metrics = metrics.map(|reply| reply.text()).unwrap_or_default();
             let up = |leg: &str| {

@@ -6,5 +6,6 @@ pub mod edge;
 pub mod frames;
 pub mod http;
 pub mod instance;
+pub mod lab;
 pub mod mint;
 pub mod raw;
