@@ -9,6 +9,7 @@ use log::Level;
 
 use crate::check;
 use crate::config::Settings;
+use crate::explain::{self, Question};
 use crate::probe::{self, Show, settings, view};
 use crate::server::{self, Start};
 use crate::table::Table;
@@ -44,6 +45,11 @@ enum Command {
     ///
     /// One line for each. The exit status is 0 only if all is well.
     Check(Check),
+    /// Say whose fault drops were, with the evidence
+    ///
+    /// Reads the ledger, also with the dispatcher down. Without --at, a table of the drops; with it, the story of the one
+    /// nearest to that time, and the sentence to send to the person who asked.
+    Explain(Explain),
     /// Hold permanent legs to a dispatcher and tell which are down
     ///
     /// At a terminal there is a live view, otherwise only log lines; metrics are on probe.listen. SIGTERM, SIGINT and SIGHUP
@@ -97,6 +103,24 @@ struct Probe {
     once: bool,
 }
 
+#[derive(Debug, Args)]
+struct Explain {
+    /// Whose drops; without it everybody's
+    user: Option<String>,
+    /// How far back to look, such as 1h; without it a day
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    since: Option<std::time::Duration>,
+    /// Tell the story of the drop nearest to this time, such as 14:05 or 2026-01-02T14:05:30Z
+    #[arg(long, value_name = "TIME")]
+    at: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Settings file of the dispatcher, which names the ledger; without it the defaults hold
+    #[arg(short, long, value_name = "FILE")]
+    conf: Option<PathBuf>,
+}
+
 /// Runs the command line of this process and gives its exit status: 0 for success, 1 for a fault, 2 for a command that
 /// cannot be read.
 pub fn main() -> ExitCode {
@@ -120,6 +144,16 @@ pub fn main() -> ExitCode {
             )
         }
         Command::Reload(reload) => report(replace(reload.conf.as_deref())),
+        Command::Explain(explain) => {
+            let question = Question {
+                user: explain.user,
+                since: explain.since,
+                at: explain.at,
+                json: explain.json,
+            };
+            let answer = explain::run(explain.conf.as_deref(), &question);
+            report(answer.map_err(|error| error.to_string()))
+        }
         Command::Check(check) => {
             let report = check::run(check.conf.as_deref(), check.pair.as_deref());
             if check.json {

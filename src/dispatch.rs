@@ -20,6 +20,7 @@ use crate::gate::how;
 use crate::identity::{IdentityError, client, who};
 use crate::instance::{Caller, address};
 use crate::judge;
+use crate::page;
 use crate::pair::Pairer;
 use crate::probe::echo;
 use crate::probe::far::{self, Far};
@@ -399,6 +400,11 @@ impl ProxyHttp for Dispatcher {
             Ok(found) => found,
             Err((refusal, user)) => return refuse(session, ctx, refusal, user.as_deref()).await,
         };
+        if page::is_ours(session.req_header().uri.path()) {
+            ctx.outcome = Some(Outcome::Page);
+            page::serve(session, &user, &self.0.settings).await?;
+            return Ok(true);
+        }
         let upgrade = session.is_upgrade_req();
         let origins = &self.0.settings.tunnels.allowed_origins;
         if upgrade && !forward::is_origin_allowed(&session.req_header().headers, origins) {

@@ -233,7 +233,8 @@ pub struct Entry {
 }
 
 impl Entry {
-    fn at(&self) -> Millis {
+    /// When.
+    pub fn at(&self) -> Millis {
         humantime::parse_rfc3339(&self.time)
             .ok()
             .and_then(|time| time.duration_since(UNIX_EPOCH).ok())

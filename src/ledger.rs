@@ -131,13 +131,14 @@ impl Ledger {
         // A verdict comes later than its record, so it is met first.
         let mut verdicts = HashMap::new();
         self.read_back(|mut line| {
-            if let Some(key) = line["verdict_of"].as_str() {
-                verdicts.insert(key.to_owned(), line["verdict"].take());
+            if let Some(key) = line["verdict_of"].as_str().map(str::to_owned) {
+                verdicts.insert(key, (line["verdict"].take(), line["back_after_ms"].take()));
                 return ControlFlow::Continue(());
             }
-            let verdict = line["key"].as_str().and_then(|key| verdicts.remove(key));
-            if let Some(verdict) = verdict {
+            let later = line["key"].as_str().and_then(|key| verdicts.remove(key));
+            if let Some((verdict, back)) = later {
                 line["verdict"] = verdict;
+                line["back_after_ms"] = back;
             }
             let at = time(&line);
             if since.is_some_and(|since| at.is_some_and(|at| at + OUT_OF_ORDER < since)) {

@@ -14,7 +14,8 @@
 //! Beside the walk stand [`refuse`] (every answer that is a refusal), [`events`] (every log line and metric), [`ledger`]
 //! (a line for each WebSocket that ended), [`evidence`] (what was seen of legs, instances and this process), [`probe`] (the
 //! echo and its far ends of legs, the legs to instances, the host), [`config`] (settings), [`server`] (listeners and
-//! signals), [`upgrade`] (handing over to a new process), [`admin`] (the operator's listener), [`check`] and [`cli`].
+//! signals), [`upgrade`] (handing over to a new process), [`admin`] (the operator's listener), [`story`] (a drop in words),
+//! which [`explain`] tells the operator and [`page`] the person, [`check`] and [`cli`].
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
@@ -26,6 +27,7 @@ pub mod config;
 pub mod dispatch;
 pub mod events;
 pub mod evidence;
+pub mod explain;
 pub mod forward;
 pub mod gate;
 pub mod identity;
@@ -33,11 +35,13 @@ pub mod instance;
 pub mod judge;
 pub mod ledger;
 pub mod mint;
+pub mod page;
 pub mod pair;
 pub mod probe;
 pub mod refuse;
 pub mod server;
 pub mod session;
+pub mod story;
 pub mod table;
 pub mod tunnel;
 pub mod upgrade;

@@ -353,8 +353,9 @@ pub fn judge(record: &Record, around: &Around, rules: &Rules) -> Verdict {
         (Says::Broke(_), _) | (_, Says::Broke(_))
     );
     // A client that gives up says goodbye as one that leaves does; then the way has to show it, or its own long silence.
-    let gave_up = closed_gap(record, rules)
-        .is_some_and(|(_, to)| broke || record.ended() - to <= rules.slack());
+    let gave_up = closed_gap(record, rules).is_some_and(|(from, to)| {
+        broke || to - from >= rules.watchdog() || record.ended() - to <= rules.slack()
+    });
     if is_close && !gave_up {
         return ordinary_end(record);
     }

@@ -228,6 +228,8 @@ pub enum Outcome {
     Health,
     /// An echo to a probe.
     Probe,
+    /// Answered by us, with the person's own page or what it shows.
+    Page,
     /// Answered by us with a fresh session cookie.
     Paired,
     /// Answered by us with a refusal.
@@ -245,6 +247,7 @@ impl Outcome {
         match self {
             Outcome::Health => "health",
             Outcome::Probe => "probe",
+            Outcome::Page => "page",
             Outcome::Paired => "paired",
             Outcome::Refused => "refused",
             Outcome::Proxied => "proxied",
