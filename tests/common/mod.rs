@@ -7,4 +7,5 @@ pub mod frames;
 pub mod http;
 pub mod instance;
 pub mod mint;
+pub mod prober;
 pub mod raw;

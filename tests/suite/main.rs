@@ -9,6 +9,7 @@ mod commands;
 mod gate;
 mod identity;
 mod pairing;
+mod prober;
 mod probes;
 mod proxying;
 mod refusals;
