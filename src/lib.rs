@@ -11,8 +11,9 @@
 //! 7. [`tunnel`]: the sensor of one WebSocket; [`gate`] is the connection under it; [`close`] says why it ended.
 //!
 //! Beside the walk stand [`refuse`] (every answer that is a refusal), [`events`] (every log line and metric), [`ledger`]
-//! (a line for each WebSocket that ended), [`probe`] (the echo), [`config`] (settings), [`server`] (listeners and signals),
-//! [`upgrade`] (handing over to a new process), [`admin`] (the operator's listener), [`check`] and [`cli`].
+//! (a line for each WebSocket that ended), [`probe`] (the echo, and the prober on its other end), [`config`] (settings),
+//! [`server`] (listeners and signals), [`upgrade`] (handing over to a new process), [`admin`] (the operator's listener),
+//! [`check`] and [`cli`].
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 

@@ -4,6 +4,7 @@
 pub mod echo;
 
 mod board;
+mod delay;
 mod dial;
 mod leg;
 mod metrics;
@@ -11,6 +12,7 @@ mod once;
 mod reason;
 mod resolve;
 pub mod settings;
+mod url;
 pub mod view;
 
 use std::sync::Arc;
@@ -134,6 +136,7 @@ async fn hold(settings: Settings, show: Show) -> Result<(), ProbeError> {
             while legs.join_next().await.is_some() {}
         })
         .await;
+        log::info!("ended");
     };
     match show {
         Show::Log => ended.await,
@@ -142,6 +145,5 @@ async fn hold(settings: Settings, show: Show) -> Result<(), ProbeError> {
             () = ended => {}
         },
     }
-    log::info!("ended");
     Ok(())
 }

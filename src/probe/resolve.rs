@@ -18,7 +18,8 @@ use tokio_rustls::rustls::ClientConfig;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::reason::{Failure, Reason};
-use super::settings::{Leg, Resolve, Target};
+use super::settings::{Leg, Resolve};
+use super::url::Target;
 
 /// Whether there is a name to look up at all.
 pub fn is_needed(leg: &Leg) -> bool {
@@ -105,7 +106,8 @@ async fn by_https(
     options.use_hosts_file = ResolveHosts::Never;
     options.cache_size = 0;
     options.attempts = 0;
-    options.timeout = limit;
+    // One of the two that hangs leaves time for the other.
+    options.timeout = limit / 2;
     options.edns0 = true;
     let mut tls = tls.clone();
     tls.alpn_protocols = vec![b"h2".to_vec()];

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Child, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use http_body_util::{BodyExt, Full};
@@ -195,9 +196,13 @@ impl Drop for Prober {
     }
 }
 
-/// A server on an address of its own.
+/// A server on a port of its own.
 pub async fn listen() -> (TcpListener, SocketAddr) {
-    let listener = TcpListener::bind((own_address(), 0)).await.unwrap();
+    listen_at(Ipv4Addr::LOCALHOST).await
+}
+
+async fn listen_at(ip: Ipv4Addr) -> (TcpListener, SocketAddr) {
+    let listener = TcpListener::bind((ip, 0)).await.unwrap();
     let address = listener.local_addr().unwrap();
     (listener, address)
 }
@@ -261,7 +266,8 @@ impl Pki {
     pub fn new() -> Pki {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         // Two with the same name could be taken for each other.
-        let name = format!("authority {}", own_address());
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("authority {}", COUNT.fetch_add(1, Ordering::Relaxed));
         params.distinguished_name.push(DnType::CommonName, name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().unwrap();
@@ -304,7 +310,7 @@ pub struct TlsEcho {
 
 impl TlsEcho {
     pub async fn start(acceptor: TlsAcceptor) -> TlsEcho {
-        let (listener, address) = listen().await;
+        let (listener, address) = listen_at(own_address()).await;
         let seen = Arc::new(Mutex::new(Vec::new()));
         let noted = seen.clone();
         tokio::spawn(async move {

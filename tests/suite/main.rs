@@ -10,6 +10,7 @@ mod gate;
 mod identity;
 mod pairing;
 mod prober;
+mod prober_settings;
 mod probes;
 mod proxying;
 mod refusals;
