@@ -337,7 +337,7 @@ pub async fn doh(
     pki: &Pki,
     certified: Option<&str>,
     name: &'static str,
-    ip: Ipv4Addr,
+    ips: [Ipv4Addr; 2],
 ) -> (SocketAddr, Arc<Mutex<Vec<String>>>) {
     let (listener, address) = listen().await;
     let own = address.ip().to_string();
@@ -358,7 +358,7 @@ pub async fn doh(
                         let query = request.into_body().collect().await.unwrap().to_bytes();
                         let response = Response::builder()
                             .header("content-type", "application/dns-message")
-                            .body(Full::<Bytes>::from(dns_answer(&query, name, ip)));
+                            .body(Full::<Bytes>::from(dns_answer(&query, name, ips)));
                         Ok::<_, Infallible>(response.unwrap())
                     }
                 });
@@ -371,8 +371,8 @@ pub async fn doh(
     (address, asked)
 }
 
-/// The answer to a DNS query (RFC 1035): this address for this name, and no other name exists.
-fn dns_answer(query: &[u8], name: &str, ip: Ipv4Addr) -> Vec<u8> {
+/// The answer to a DNS query (RFC 1035): these addresses for this name, and no other name exists.
+fn dns_answer(query: &[u8], name: &str, ips: [Ipv4Addr; 2]) -> Vec<u8> {
     let mut labels = Vec::new();
     let mut at = 12;
     while query[at] != 0 {
@@ -385,9 +385,9 @@ fn dns_answer(query: &[u8], name: &str, ip: Ipv4Addr) -> Vec<u8> {
     let answers = known && kind == 1;
     let mut answer = query[..2].to_vec();
     answer.extend([0x81, if known { 0x80 } else { 0x83 }]);
-    answer.extend([0, 1, 0, u8::from(answers), 0, 0, 0, 0]);
+    answer.extend([0, 1, 0, if answers { 2 } else { 0 }, 0, 0, 0, 0]);
     answer.extend(&query[12..at + 5]);
-    if answers {
+    for ip in ips.iter().filter(|_| answers) {
         answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
         answer.extend(ip.octets());
     }

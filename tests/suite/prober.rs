@@ -392,27 +392,34 @@ async fn a_leg_by_dns_over_https() {
     let std::net::IpAddr::V4(ip) = server.address.ip() else {
         panic!()
     };
-    let (good, asked) = doh(&pki, None, "t3.example.com", ip).await;
-    let (wrong, never_asked) = doh(&pki, Some("other.example.com"), "t3.example.com", ip).await;
+    // Nobody is at the first address.
+    let ips = [own_address(), ip];
+    let (good, asked) = doh(&pki, None, "t3.example.com", ips).await;
+    let (named, _) = doh(&pki, Some("localhost"), "t3.example.com", ips).await;
+    let other = Some("other.example.com");
+    let (wrong, never_asked) = doh(&pki, other, "t3.example.com", ips).await;
     let url = |name: &str| {
         format!(
             "wss://{name}.example.com:{}/probe/ws",
             server.address.port()
         )
     };
-    let (good, wrong) = (
+    let (good, named, wrong) = (
         format!("https://{good}/dns-query"),
+        format!("https://localhost:{}/dns-query", named.port()),
         format!("https://{wrong}/dns-query"),
     );
     let setup = Setup::new()
         .trusting(&pki)
         .leg("cloudflare", "websocket", url("t3"), &good)
+        .leg("by-name", "websocket", url("t3"), &named)
         .leg("nowhere", "websocket", url("nowhere"), &good)
         .leg("wrong", "websocket", url("t3"), &wrong)
         .leg("system", "websocket", url("t3"), "system");
     let output = setup.once().await;
     let table = printed(&output);
     assert!(table.contains("ok    cloudflare"), "{table}");
+    assert!(table.contains("ok    by-name"), "{table}");
     assert!(
         table.contains("nowhere: dns_failed: nowhere.example.com by https://"),
         "{table}"
