@@ -12,10 +12,12 @@
 //! 8. [`judge`] keeps a drop until the evidence is in; [`verdict`] says whose fault it was.
 //!
 //! Beside the walk stand [`refuse`] (every answer that is a refusal), [`events`] (every log line and metric), [`ledger`]
+//! Beside the walk stand [`refuse`] (every answer that is a refusal), [`events`] (every log line and metric), [`ledger`]
 //! (a line for each WebSocket that ended), [`evidence`] (what was seen of legs, instances and this process), [`probe`] (the
-//! echo and its far ends of legs, the legs to instances, the host), [`config`] (settings), [`server`] (listeners and
-//! signals), [`upgrade`] (handing over to a new process), [`admin`] (the operator's listener), [`story`] (a drop in words),
-//! which [`explain`] tells the operator and [`page`] the person, [`check`] and [`cli`].
+//! echo with its far ends of legs, the legs to instances, the host; and the prober, which holds legs to the echo), [`config`]
+//! (settings), [`server`] (listeners and signals), [`upgrade`] (handing over to a new process), [`admin`] (the operator's
+//! listener), [`story`] (a drop in words), which [`explain`] tells the operator and [`page`] the person, [`check`] and
+//! [`cli`].
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 

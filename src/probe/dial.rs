@@ -312,7 +312,11 @@ fn no_tls(error: &io::Error) -> Failure {
             let what = format!(
                 "the certificate is not valid for name {}, but for {}",
                 expected.to_str(),
-                presented.join(", ")
+                presented
+                    .iter()
+                    .map(|name| name.split('"').nth(1).unwrap_or(name))
+                    .collect::<Vec<_>>()
+                    .join(", ")
             );
             Failure::new(Reason::TlsFailed, what)
         }

@@ -15,6 +15,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Message, Utf8Bytes};
 
 use super::board::Board;
+use super::delay::Delay;
 use super::dial::{Dialer, Socket, Steps};
 use super::reason::{Failure, Reason};
 use super::settings::{Kind, Leg, Settings};
@@ -24,6 +25,9 @@ pub const GOODBYE: Duration = Duration::from_secs(1);
 
 /// The Close code of a leg whose echo is overdue.
 const OVERDUE: u16 = 4000;
+
+/// So many messages that are no echo, without one among them, are a flood, in which heartbeats would go under.
+const FLOOD: usize = 1000;
 
 /// The Close code of a frame that bears none (RFC 6455, section 7.1.5).
 const NO_CODE: u16 = 1005;
@@ -148,6 +152,7 @@ impl Runner {
         let mut unechoed: VecDeque<(Instant, Utf8Bytes)> = VecDeque::new();
         let mut seq = 0;
         let mut echoed = false;
+        let mut unasked = 0;
         let failure = loop {
             let overdue = unechoed
                 .front()
@@ -164,8 +169,10 @@ impl Runner {
                         let found = unechoed.iter().position(|(_, sent)| *sent == text);
                         // Anything else that is said to us is no echo.
                         if let Some((sent, _)) = found.and_then(|at| unechoed.remove(at)) {
-                            echoed = true;
+                            (echoed, unasked) = (true, 0);
                             self.board.echoed(self.place, now - sent);
+                        } else {
+                            unasked += 1;
                         }
                     }
                     Ok(Message::Close(frame)) => {
@@ -173,7 +180,7 @@ impl Runner {
                         let _ = timeout(GOODBYE, rest(socket)).await;
                         break closed(frame);
                     }
-                    Ok(_) => {}
+                    Ok(_) => unasked += 1,
                     Err(error) => break broken(error),
                 },
                 () = sleep_until(overdue.unwrap_or_else(far).into()), if overdue.is_some() => {
@@ -191,6 +198,10 @@ impl Runner {
                     }
                     unechoed.push_back((Instant::now(), text));
                 }
+            }
+            if unasked > FLOOD {
+                let what = format!("more than {FLOOD} messages that are no echo");
+                break Failure::new(Reason::IoError, what);
             }
         };
         End::Failed { failure, echoed }
@@ -291,115 +302,4 @@ fn broken(error: Error) -> Failure {
 
 fn far() -> Instant {
     Instant::now() + Duration::from_secs(3600)
-}
-
-/// How long to wait before the next try.
-#[derive(Debug)]
-struct Delay {
-    step: Duration,
-    most: Duration,
-    /// The next wait.
-    wait: Duration,
-    /// The wait after the next try, should that fail too.
-    next: Duration,
-    /// Whether the last wait was none at all.
-    at_once: bool,
-}
-
-impl Delay {
-    fn new(step: Duration, most: Duration) -> Delay {
-        Delay {
-            step,
-            most,
-            wait: step,
-            next: step,
-            at_once: false,
-        }
-    }
-
-    /// A try came to nothing.
-    fn failed(&mut self) {
-        self.at_once = false;
-        self.wait = self.next.min(self.most);
-        self.next = (self.next + self.step).min(self.most);
-    }
-
-    /// A connection ended.
-    fn ended(&mut self, reason: Reason, echoed: bool, age: Duration) {
-        if echoed {
-            self.next = self.step;
-        }
-        // The dispatcher was replaced, and its successor serves already. One that says so on and on is not rushed at.
-        let replaced = echoed && matches!(reason, Reason::Closed(1001 | 1012));
-        if replaced && !(self.at_once && age < self.step) {
-            self.at_once = true;
-            self.wait = Duration::ZERO;
-        } else {
-            self.failed();
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const NONE: Duration = Duration::ZERO;
-
-    fn waits(delay: &mut Delay, count: usize) -> Vec<u64> {
-        let mut waits = Vec::new();
-        for _ in 0..count {
-            delay.failed();
-            waits.push(delay.wait.as_secs());
-        }
-        waits
-    }
-
-    fn delay() -> Delay {
-        Delay::new(Duration::from_secs(3), Duration::from_secs(10))
-    }
-
-    #[test]
-    fn waits_grow_with_each_failure_and_begin_again_after_an_echo() {
-        let mut delay = delay();
-        assert_eq!(waits(&mut delay, 5), [3, 6, 9, 10, 10]);
-        delay.ended(Reason::IoError, false, NONE);
-        assert_eq!(delay.wait.as_secs(), 10);
-        delay.ended(Reason::IoError, true, NONE);
-        assert_eq!(delay.wait.as_secs(), 3);
-        assert_eq!(waits(&mut delay, 2), [6, 9]);
-    }
-
-    #[test]
-    fn a_dispatcher_that_was_replaced_is_called_at_once() {
-        for code in [1001, 1012] {
-            let mut delay = delay();
-            delay.ended(Reason::Closed(code), true, NONE);
-            assert_eq!(delay.wait, NONE);
-            assert_eq!(waits(&mut delay, 2), [3, 6]);
-        }
-        // Not one that never worked, nor for another reason.
-        for (reason, echoed) in [
-            (Reason::Closed(1001), false),
-            (Reason::Closed(1000), true),
-            (Reason::RttTimeout, true),
-        ] {
-            let mut delay = delay();
-            delay.ended(reason, echoed, NONE);
-            assert_eq!(delay.wait.as_secs(), 3, "{reason}");
-        }
-    }
-
-    #[test]
-    fn a_dispatcher_that_is_replaced_on_and_on_is_not_rushed_at() {
-        let mut delay = delay();
-        let away = Reason::Closed(1001);
-        delay.ended(away, true, NONE);
-        delay.ended(away, true, Duration::from_secs(1));
-        assert_eq!(delay.wait.as_secs(), 3);
-        delay.ended(away, true, Duration::from_secs(1));
-        assert_eq!(delay.wait, NONE);
-        delay.ended(away, true, Duration::from_secs(60));
-        assert_eq!(delay.wait, NONE);
-    }
 }

@@ -7,6 +7,7 @@ pub mod host;
 pub mod serve;
 
 mod board;
+mod delay;
 mod dial;
 mod leg;
 mod metrics;
@@ -14,6 +15,7 @@ mod once;
 mod reason;
 mod resolve;
 pub mod settings;
+mod url;
 pub mod view;
 
 use std::sync::Arc;
@@ -137,6 +139,7 @@ async fn hold(settings: Settings, show: Show) -> Result<(), ProbeError> {
             while legs.join_next().await.is_some() {}
         })
         .await;
+        log::info!("ended");
     };
     match show {
         Show::Log => ended.await,
@@ -145,6 +148,5 @@ async fn hold(settings: Settings, show: Show) -> Result<(), ProbeError> {
             () = ended => {}
         },
     }
-    log::info!("ended");
     Ok(())
 }

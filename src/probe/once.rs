@@ -9,6 +9,7 @@ use super::board::Board;
 use super::dial::{Dialer, Steps};
 use super::leg::echo_once;
 use super::reason::Failure;
+use super::resolve;
 use super::settings::{Kind, Leg, Settings};
 
 const STEPS: [&str; 5] = ["DNS", "CONNECT", "TLS", "UPGRADE", "ECHO"];
@@ -77,7 +78,7 @@ fn print(legs: &[Leg], runs: &[Run]) {
             Err(failure) => ("FAIL", AnsiColor::Red, failure.reason.to_string()),
         };
         let style = bold.fg_color(Some(colour.into()));
-        let times = cells(&run.steps);
+        let times = cells(leg, run);
         anstream::println!(
             "{style}{mark}{style:#}  {:width$}{times}  {style}{result}{style:#}",
             leg.name
@@ -104,15 +105,25 @@ fn print(legs: &[Leg], runs: &[Run]) {
     }
 }
 
-fn cells(steps: &Steps) -> String {
+/// The time of each step. What failed is the first step of those that the leg has and that has none.
+fn cells(leg: &Leg, run: &Run) -> String {
+    let steps = &run.steps;
+    let mut failed = run.outcome.is_err();
     [
-        steps.dns,
-        steps.connect,
-        steps.tls,
-        steps.upgrade,
-        steps.echo,
+        (resolve::is_needed(leg), steps.dns),
+        (true, steps.connect),
+        (leg.url.tls, steps.tls),
+        (true, steps.upgrade),
+        (leg.kind == Kind::WebSocket, steps.echo),
     ]
-    .map(|step| format!("{:>9}", step.map_or("-".into(), shown)))
+    .map(|(there, time)| {
+        let cell = match time {
+            Some(time) => shown(time),
+            None if there && std::mem::take(&mut failed) => "failed".into(),
+            None => "-".into(),
+        };
+        format!("{cell:>9}")
+    })
     .concat()
 }
 

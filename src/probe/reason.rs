@@ -89,12 +89,19 @@ impl Failure {
             Reason::ConnectTimeout => {
                 "something drops the packets or hangs: look at firewalls and routes, then at the server itself"
             }
-            Reason::TlsFailed if self.what.contains("UnknownIssuer") => {
+            Reason::TlsFailed
+                if ["UnknownIssuer", "BadSignature"]
+                    .iter()
+                    .any(|fault| self.what.contains(fault)) =>
+            {
                 "the certificate is not trusted here: name its authority's file in probe.ca_file"
             }
             Reason::TlsFailed if self.what.contains("not valid for name") => {
                 "the server has a certificate for another name: see that it knows the name in `url`, and that `resolve` leads \
                  to the right server"
+            }
+            Reason::TlsFailed if self.what.contains("expired") => {
+                "the certificate has run out: renew it, or set this machine's clock"
             }
             Reason::TlsFailed => {
                 "see the server's certificate, and that it speaks TLS on this port"

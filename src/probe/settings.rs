@@ -6,13 +6,14 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use http::Uri;
+use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
 use yaml_serde::Value;
 
 use crate::config::section::{self, Section, address, duration, leg_name, plain};
 use crate::config::{ConfigError, Fault, Secret};
+
+use super::url::{Target, target};
 
 /// The dispatcher holds so many echoes for one address.
 const MOST_LEGS: usize = 16;
@@ -69,19 +70,6 @@ pub enum Kind {
     WebSocket,
     /// A GET every heartbeat.
     Http,
-}
-
-/// A URL in its parts.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Target {
-    /// Whether TLS goes first.
-    pub tls: bool,
-    /// The name or address, an IPv6 address without brackets.
-    pub host: String,
-    /// The port, as written or as the scheme has it.
-    pub port: u16,
-    /// What follows the host, at least `/`.
-    pub path: String,
 }
 
 /// How a leg finds the address that it connects to. Everything else stays that of the URL.
@@ -234,36 +222,6 @@ fn is_leg_parameter(pair: &str) -> bool {
     pair == "leg" || pair.starts_with("leg=")
 }
 
-impl Target {
-    /// The host as it stands in a URL.
-    fn bracketed(&self) -> String {
-        if self.host.contains(':') {
-            format!("[{}]", self.host)
-        } else {
-            self.host.clone()
-        }
-    }
-
-    /// The value of the `Host` header: no port where it is the scheme's own.
-    pub fn authority(&self) -> String {
-        if self.port == default_port(self.tls) {
-            self.bracketed()
-        } else {
-            format!("{}:{}", self.bracketed(), self.port)
-        }
-    }
-
-    /// The path with a parameter added to its query.
-    pub fn path_with(&self, key: &str, value: &str) -> String {
-        let joint = match self.path.split_once('?') {
-            None => "?",
-            Some((_, query)) if query.is_empty() || query.ends_with('&') => "",
-            Some(_) => "&",
-        };
-        format!("{}{joint}{key}={value}", self.path)
-    }
-}
-
 impl fmt::Display for Resolve {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -273,10 +231,6 @@ impl fmt::Display for Resolve {
             Resolve::Https(server) => write!(f, "https://{}{}", server.authority(), server.path),
         }
     }
-}
-
-fn default_port(tls: bool) -> u16 {
-    if tls { 443 } else { 80 }
 }
 
 fn wait(text: String) -> Result<Duration, String> {
@@ -294,66 +248,6 @@ fn within(text: String, shortest: Duration, longest: Duration) -> Result<Duratio
             humantime::format_duration(longest)
         ))
     }
-}
-
-/// A URL's scheme, and its parts.
-fn target(text: &str, schemes: &[&'static str]) -> Result<(&'static str, Target), String> {
-    let wanted = format!("write for example {}://t3.example.com/", schemes[0]);
-    // Such a URL is not quoted.
-    let authority = text
-        .split_once("://")
-        .map_or(text, |(_, rest)| rest)
-        .split(['/', '?', '#'])
-        .next()
-        .unwrap_or_default();
-    if authority.contains('@') {
-        return Err(
-            "has credentials in it: leave them out; a token has its place in probe.token_file"
-                .into(),
-        );
-    }
-    // The parser would drop it without a word.
-    if text.contains('#') {
-        return Err(format!(
-            "{text:?} has a fragment, which is never sent: leave out what follows the #"
-        ));
-    }
-    let no_url = || format!("{text:?} is not a URL: {wanted}");
-    let uri: Uri = text.parse().map_err(|_| no_url())?;
-    let scheme = uri.scheme_str().ok_or_else(no_url)?;
-    let scheme = schemes
-        .iter()
-        .find(|known| **known == scheme)
-        .ok_or_else(|| format!("{text:?} does not begin with {}://", schemes.join("://, ")))?;
-    let host = uri.host().unwrap_or_default();
-    let host = host.trim_start_matches('[').trim_end_matches(']');
-    // What is no name for TLS is none for DNS either.
-    ServerName::try_from(host).map_err(|_| no_url())?;
-    let tls = matches!(*scheme, "wss" | "https");
-    let written = uri.authority().is_some_and(|authority| {
-        authority
-            .as_str()
-            .rsplit_once(':')
-            .is_some_and(|(_, port)| !port.ends_with(']'))
-    });
-    let port = match uri.port_u16() {
-        Some(0) => return Err(no_url()),
-        Some(port) => port,
-        None if written => return Err(no_url()),
-        None => default_port(tls),
-    };
-    let path = match uri.path_and_query().map_or("/", |path| path.as_str()) {
-        query if query.starts_with('?') => format!("/{query}"),
-        "" => "/".into(),
-        path => path.into(),
-    };
-    let target = Target {
-        tls,
-        host: host.to_owned(),
-        port,
-        path,
-    };
-    Ok((scheme, target))
 }
 
 fn resolve(text: String) -> Result<Resolve, String> {
@@ -412,38 +306,6 @@ fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn urls_in_their_parts() {
-        let parts = |text: &str| {
-            let (_, url) = target(text, &["wss", "http"]).unwrap();
-            (url.authority(), url.port, url.path_with("leg", "a"))
-        };
-        for (text, authority, port, path) in [
-            ("wss://t3.example.com", "t3.example.com", 443, "/?leg=a"),
-            (
-                "wss://t3.example.com:443/p",
-                "t3.example.com",
-                443,
-                "/p?leg=a",
-            ),
-            (
-                "http://t3.example.com:443/p?",
-                "t3.example.com:443",
-                443,
-                "/p?leg=a",
-            ),
-            (
-                "http://[::1]:8080/p?q=1",
-                "[::1]:8080",
-                8080,
-                "/p?q=1&leg=a",
-            ),
-            ("http://[::1]?q&", "[::1]", 80, "/?q&leg=a"),
-        ] {
-            assert_eq!(parts(text), (authority.into(), port, path.into()), "{text}");
-        }
-    }
 
     #[test]
     fn ways_to_resolve_read_as_they_are_written() {

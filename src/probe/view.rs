@@ -41,8 +41,8 @@ impl Write for Above {
 
 /// The terminal while the view is on it. Dropping it gives the terminal back as it was.
 struct Screen {
-    /// Lines of the view that are on the screen.
-    drawn: usize,
+    /// The widths of the lines that are on the screen.
+    drawn: Vec<usize>,
     coloured: bool,
 }
 
@@ -52,26 +52,29 @@ impl Screen {
         print!("\x1b[?25l\x1b[?7l");
         let choice = anstream::AutoStream::choice(&io::stdout());
         Screen {
-            drawn: 0,
+            drawn: Vec::new(),
             coloured: choice != anstream::ColorChoice::Never,
         }
     }
 
     /// Puts `view` in the place of the one before, and what was logged meanwhile above it.
-    fn draw(&mut self, view: &[String]) {
+    fn draw(&mut self, view: &[Line], columns: usize) {
         let mut text = String::new();
-        if self.drawn > 0 {
+        // A terminal that has become narrower has folded what was on it.
+        let folded = |width: &usize| width.div_ceil(columns.max(1)).max(1);
+        let rows: usize = self.drawn.iter().map(folded).sum();
+        if rows > 0 {
             // Writing to a String cannot fail, here and below.
-            let _ = write!(text, "\x1b[{}A", self.drawn);
+            let _ = write!(text, "\x1b[{rows}A");
         }
         text += "\r\x1b[J";
         let logged = std::mem::take(&mut *LINES.lock().unwrap_or_else(PoisonError::into_inner));
         // Log lines may be longer than the terminal is wide.
         let _ = write!(text, "\x1b[?7h{}\x1b[?7l", String::from_utf8_lossy(&logged));
         for line in view {
-            let _ = writeln!(text, "{line}");
+            let _ = writeln!(text, "{}", line.text);
         }
-        self.drawn = view.len();
+        self.drawn = view.iter().map(|line| line.width).collect();
         // A terminal that is gone is noticed by its signal.
         let _ = io::stdout().write_all(text.as_bytes());
         let _ = io::stdout().flush();
@@ -99,12 +102,19 @@ pub async fn show(board: Arc<Board>) {
         let mut view = lay_out(&board.snapshot(), columns.into(), screen.coloured);
         // The cursor cannot go back above the first line of the screen.
         view.truncate(usize::from(lines).saturating_sub(1).max(1));
-        screen.draw(&view);
+        screen.draw(&view, columns.into());
     }
 }
 
+/// A line as it is written, and how wide it then is.
+#[derive(Debug)]
+struct Line {
+    text: String,
+    width: usize,
+}
+
 /// The view's lines, none wider than `columns`. What does not fit is left out from the right.
-fn lay_out(legs: &[Status], columns: usize, coloured: bool) -> Vec<String> {
+fn lay_out(legs: &[Status], columns: usize, coloured: bool) -> Vec<Line> {
     let name = |leg: &Status| leg.name.chars().count();
     let width = legs.iter().map(name).max().unwrap_or(0).max("LEG".len());
     let rest = 53 + width;
@@ -157,7 +167,7 @@ fn lay_out(legs: &[Status], columns: usize, coloured: bool) -> Vec<String> {
 }
 
 /// The parts' first `columns` characters, each in its style.
-fn cut(parts: &[(String, Style)], columns: usize, coloured: bool) -> String {
+fn cut(parts: &[(String, Style)], columns: usize, coloured: bool) -> Line {
     let mut left = columns;
     let mut line = String::new();
     for (text, style) in parts {
@@ -169,7 +179,10 @@ fn cut(parts: &[(String, Style)], columns: usize, coloured: bool) -> String {
             line += &fitting;
         }
     }
-    line
+    Line {
+        text: line,
+        width: columns - left,
+    }
 }
 
 /// The newest RTTs as bars, each against the longest that is shown.
@@ -188,9 +201,9 @@ fn sparkline(rtts: impl ExactSizeIterator<Item = Duration> + Clone, columns: usi
 /// A time in its two largest units.
 fn since(seconds: u64) -> String {
     match seconds {
-        ..60 => format!("{seconds}s"),
-        ..3600 => format!("{}m {:02}s", seconds / 60, seconds % 60),
-        ..86_400 => format!("{}h {:02}m", seconds / 3600, seconds / 60 % 60),
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m {:02}s", seconds / 60, seconds % 60),
+        3600..86_400 => format!("{}h {:02}m", seconds / 3600, seconds / 60 % 60),
         _ => format!("{}d {:02}h", seconds / 86_400, seconds / 3600 % 24),
     }
 }
@@ -224,14 +237,15 @@ mod tests {
             let lines = lay_out(&legs, columns, false);
             assert_eq!(lines.len(), 3);
             for line in lines {
-                assert!(line.chars().count() <= columns, "{columns}: {line:?}");
+                assert_eq!(line.text.chars().count(), line.width);
+                assert!(line.width <= columns, "{columns}: {line:?}");
             }
         }
         let wide = lay_out(&legs, 200, false);
-        assert!(wide[1].ends_with("3  rtt_timeout"), "{wide:#?}");
-        assert!(wide[1].contains(&"█".repeat(40)), "{wide:#?}");
+        assert!(wide[1].text.ends_with("3  rtt_timeout"), "{wide:#?}");
+        assert!(wide[1].text.contains(&"█".repeat(40)), "{wide:#?}");
         // Colours take no room.
-        assert!(lay_out(&legs, 80, true)[1].contains("\x1b["));
+        assert!(lay_out(&legs, 80, true)[1].text.contains("\x1b["));
     }
 
     #[test]

@@ -188,6 +188,8 @@ mod tests {
         for part in parts {
             let seen = heads.read(&part);
             all.messages += seen.messages;
+            all.whole += seen.whole;
+            all.frame |= seen.frame;
             all.close = all.close.or(seen.close);
         }
         (heads, all)
@@ -195,6 +197,8 @@ mod tests {
 
     const EXPECTED: Seen = Seen {
         messages: 3,
+        whole: 3,
+        frame: true,
         close: Some(1001),
     };
 

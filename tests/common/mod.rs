@@ -8,4 +8,5 @@ pub mod http;
 pub mod instance;
 pub mod lab;
 pub mod mint;
+pub mod prober;
 pub mod raw;

@@ -9,6 +9,8 @@ mod commands;
 mod gate;
 mod identity;
 mod pairing;
+mod prober;
+mod prober_settings;
 mod probes;
 mod proxying;
 mod refusals;
