@@ -10,6 +10,7 @@ use serde_json::json;
 use tokio::sync::Semaphore;
 
 use crate::config::Dispatch;
+use crate::evidence::clock;
 use crate::judge;
 use crate::ledger::Ledger;
 use crate::refuse::answer;
@@ -144,7 +145,7 @@ async fn drops(user: &str, settings: &Dispatch) -> Result<Vec<u8>, ()> {
                 "confidence": drop.verdict.confidence,
                 "final": drop.is_final,
                 "evidence": drop.verdict.evidence,
-                "sentence": drop.sentence("this moment", &edge),
+                "sentence": drop.sentence(&clock(record.ended()), &edge),
                 "gap_seconds": drop.back.map(|back| back as f64 / 1000.0),
             })
         })

@@ -14,6 +14,9 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
 use crate::common::dispatcher::wait_for;
 use crate::common::http;
+use crate::common::instance::{Instance, Version};
+use crate::common::mint;
+use crate::world::World;
 
 /// A browser with one page, and its profile.
 struct Browser {
@@ -133,7 +136,10 @@ impl Browser {
     /// Puts a picture of the page where a person can look at it.
     async fn picture(&self, name: &str) {
         let picture = self
-            .call("Page.captureScreenshot", json!({ "format": "png" }))
+            .call(
+                "Page.captureScreenshot",
+                json!({ "format": "png", "captureBeyondViewport": true }),
+            )
             .await;
         let bytes = base64::engine::general_purpose::STANDARD
             .decode(picture["data"].as_str().unwrap())
@@ -149,6 +155,115 @@ impl Drop for Browser {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// What a person finds who asks whose fault it was, and how an end looks from a real browser.
+#[tokio::test]
+async fn a_person_sees_their_drops_and_measures_their_own_way() {
+    let mut world = World::with(|setup| {
+        setup
+            .set("tunnels.client_heartbeat", "200ms")
+            .set("tunnels.client_watchdog", "1s")
+    })
+    .await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(crate::common::edge::serve(
+        listener,
+        world.dispatcher.address(),
+    ));
+    let base = format!("http://alice.localhost:{port}");
+    let browser = Browser::start(false).await;
+    browser.open(&format!("{base}/.t3-dispatch/")).await;
+    browser.sees("No drops in the last 24 hours").await;
+    assert_eq!(world.mints(), 0, "the page needs no pairing");
+
+    // A tab that is closed, and one that is reloaded, have ended as they should.
+    browser.open(&base).await;
+    browser.sees("hello 1 to alice").await;
+    browser.call("Page.reload", json!({})).await;
+    let records = world.dispatcher.wait_for_records(1).await;
+    assert_eq!(records[0]["verdict"]["segment"], "none", "{records:#?}");
+    browser.sees("hello 1 to alice").await;
+    let target = browser
+        .call("Target.createTarget", json!({ "url": base }))
+        .await;
+    wait_for("the second tab", async || {
+        world.dispatcher.metric("t3dispatch_tunnels_open").await == 2.0
+    })
+    .await;
+    browser
+        .call(
+            "Target.closeTarget",
+            json!({ "targetId": target["targetId"] }),
+        )
+        .await;
+    let records = world.dispatcher.wait_for_records(2).await;
+    assert_eq!(records[1]["verdict"]["segment"], "none", "{records:#?}");
+
+    // The instance goes: that is no fault of the person's.
+    let other = mint::home(world.base(), "other");
+    let other = Instance::start(&other, Version::V0_0_33).await;
+    let instance = std::mem::replace(&mut world.alice, other);
+    instance.kill().await;
+    wait_for("the drop", async || {
+        world
+            .dispatcher
+            .records()
+            .iter()
+            .any(|record| record["verdict"]["segment"] == "serve")
+    })
+    .await;
+    browser.open(&format!("{base}/.t3-dispatch/")).await;
+    browser.sees("1 drop in the last 24 hours").await;
+    browser
+        .evaluate("document.querySelector('#drops summary').click()")
+        .await;
+    browser.sees("on our side").await;
+    browser.picture("drops").await;
+    browser
+        .evaluate("document.getElementById('test-toggle').click()")
+        .await;
+    wait_for("a measured way", async || {
+        let result = browser
+            .evaluate("document.getElementById('test-result').innerText")
+            .await;
+        result
+            .as_str()
+            .is_some_and(|text| text.to_lowercase().contains("steady"))
+    })
+    .await;
+    browser.picture("drops-and-test").await;
+    let errors = browser
+        .evaluate("document.querySelectorAll('[style]').length")
+        .await;
+    assert_eq!(errors, 0);
+    let narrow = json!({ "width": 360, "height": 800, "deviceScaleFactor": 2, "mobile": true });
+    browser
+        .call("Emulation.setDeviceMetricsOverride", narrow)
+        .await;
+    browser.picture("drops-phone").await;
+    let fits = browser
+        .evaluate("document.documentElement.scrollWidth <= innerWidth")
+        .await;
+    assert_eq!(fits, true);
+    // Everything can be reached by keyboard: the mark on the timeline leads to its drop.
+    browser.evaluate("document.querySelector('#drops details').open = false; document.querySelector('#timeline [tabindex=\"0\"]').focus()").await;
+    for kind in ["keyDown", "keyUp"] {
+        let key = json!({ "type": kind, "key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r" });
+        browser.call("Input.dispatchKeyEvent", key).await;
+    }
+    wait_for("the drop to open", async || {
+        browser
+            .evaluate("document.querySelector('#drops details').open")
+            .await
+            == true
+    })
+    .await;
+    let dark = Browser::start(true).await;
+    dark.open(&format!("{base}/.t3-dispatch/")).await;
+    dark.sees("1 drop in the last 24 hours").await;
+    dark.picture("drops-dark").await;
 }
 
 /// The demo, which `cargo test` builds beside this test.

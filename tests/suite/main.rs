@@ -20,4 +20,5 @@ mod sessions;
 mod settings;
 mod tables;
 mod tunnels;
+mod verdicts;
 mod world;

@@ -14,18 +14,18 @@ use crate::common::mint;
 use crate::common::raw::{self, MASK, RawInstance, ask, open, reset, rest, say};
 
 /// A dispatcher in front of an instance that the test drives.
-struct Place {
-    dispatcher: Dispatcher,
-    instance: RawInstance,
+pub struct Place {
+    pub dispatcher: Dispatcher,
+    pub instance: RawInstance,
     _base: TempDir,
 }
 
 impl Place {
-    async fn new() -> Place {
+    pub async fn new() -> Place {
         Place::with(|setup| setup).await
     }
 
-    async fn with(change: impl FnOnce(Setup) -> Setup) -> Place {
+    pub async fn with(change: impl FnOnce(Setup) -> Setup) -> Place {
         let base = TempDir::new().unwrap();
         let instance = RawInstance::start().await;
         let setup = Setup::new(base.path(), mint::working(base.path()))
@@ -39,7 +39,7 @@ impl Place {
     }
 
     /// Both ends of an open WebSocket of `user`'s.
-    async fn tunnel(&mut self, user: &str) -> (TcpStream, TcpStream) {
+    pub async fn tunnel(&mut self, user: &str) -> (TcpStream, TcpStream) {
         let client = open(self.dispatcher.address(), user).await;
         (client, self.instance.next().await)
     }
