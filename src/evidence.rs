@@ -109,6 +109,12 @@ impl Conn {
         }
     }
 
+    /// A connection that was opened then.
+    #[cfg(test)]
+    pub(crate) fn of(leg: &str, opened: Millis) -> Conn {
+        Conn::new(1, 1, leg, opened)
+    }
+
     /// Its stalls and its end.
     pub fn troubles(&self) -> impl Iterator<Item = &Trouble> {
         self.stalls.iter().chain(&self.end)
@@ -244,7 +250,7 @@ impl Entry {
 
 /// Everything that is remembered.
 #[derive(Debug, Default)]
-struct Memory {
+pub(crate) struct Memory {
     conns: VecDeque<Conn>,
     instances: std::collections::HashMap<u16, InstanceHistory>,
     lags: VecDeque<(Millis, Millis)>,
@@ -300,9 +306,7 @@ pub fn take_entrusted() -> Vec<(Record, Millis)> {
 
 /// The connections of a leg.
 pub fn conns(leg: &str) -> Vec<Conn> {
-    let memory = memory();
-    let of_leg = memory.conns.iter().filter(|conn| conn.leg == leg);
-    of_leg.cloned().collect()
+    memory().conns_of(leg)
 }
 
 /// What is known of an instance.
@@ -343,6 +347,12 @@ pub fn told(leg: &str, from: Millis, to: Millis) -> Option<String> {
 }
 
 impl Memory {
+    /// The connections of a leg.
+    pub(crate) fn conns_of(&self, leg: &str) -> Vec<Conn> {
+        let of_leg = self.conns.iter().filter(|conn| conn.leg == leg);
+        of_leg.cloned().collect()
+    }
+
     fn conn(&mut self, pid: u32, id: u64, leg: &str, at: Millis) -> &mut Conn {
         let known = self
             .conns
@@ -355,7 +365,8 @@ impl Memory {
         &mut self.conns[position]
     }
 
-    fn apply(&mut self, pid: u32, at: Millis, event: Event) {
+    /// Takes note of what `pid` has seen then.
+    pub(crate) fn apply(&mut self, pid: u32, at: Millis, event: Event) {
         match event {
             Event::LegOpened { leg, conn } => {
                 self.conn(pid, conn, &leg, at);

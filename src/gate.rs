@@ -155,7 +155,7 @@ impl Gated {
             Poll::Ready(Ok(written)) if matches!(self.response, Response::Frames) => {
                 self.written += *written as u64;
                 if std::mem::take(&mut self.stuck) {
-                    self.tunnel.takes(Side::Instance, true);
+                    self.tunnel.instance_takes();
                 }
             }
             Poll::Ready(Err(error)) => {
@@ -165,8 +165,7 @@ impl Gated {
             }
             Poll::Pending => {
                 self.stuck = true;
-                self.tunnel.takes(Side::Instance, false);
-                if self.tunnel.order_or_wake(cx.waker()).is_some() {
+                if self.tunnel.cannot_write(cx.waker()).is_some() {
                     return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
                 }
             }
@@ -292,9 +291,7 @@ impl AsyncRead for Gated {
             this.reader = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        // Pingora asks for more, so the client has taken what there was.
-        this.tunnel.takes(Side::Client, true);
-        if let Some(order) = this.tunnel.order_or_wake(cx.waker()) {
+        if let Some(order) = this.tunnel.reads(cx.waker()) {
             return this.poll_end(order, cx, buf);
         }
         let result = this.poll_instance(cx, buf);

@@ -93,9 +93,7 @@ pub fn ended(record: Record, instance: Arc<Instance>) {
         None
     };
     drop(docket);
-    if let Some((record, _)) = early {
-        pronounce(&record);
-    }
+    pronounce(early.iter().map(|(record, _)| record));
 }
 
 /// Somebody else has taken over, and will judge what this process leaves behind.
@@ -106,13 +104,12 @@ pub fn replaced() {
 /// The process ends: what still waits is left to the successor, or judged with what is known.
 pub fn last_words() {
     let waiting = std::mem::take(&mut docket().waiting);
+    if !REPLACED.load(Ordering::Acquire) {
+        return pronounce(waiting.iter().map(|(record, _)| record));
+    }
     for (record, due) in waiting {
-        if REPLACED.load(Ordering::Acquire) {
-            let record = Box::new(record);
-            evidence::record(Event::Entrusted { record, due });
-        } else {
-            pronounce(&record);
-        }
+        let record = Box::new(record);
+        evidence::record(Event::Entrusted { record, due });
     }
 }
 
@@ -165,13 +162,11 @@ impl BackgroundService for Judge {
                 docket.waiting = waiting.into();
                 due
             };
-            for (record, due) in due {
-                if now < due + FOR_LEGS && legs_are_away(&record) {
-                    docket().waiting.push_back((record, due));
-                } else {
-                    pronounce(&record);
-                }
-            }
+            let (wait, due): (Vec<_>, Vec<_>) = due
+                .into_iter()
+                .partition(|(record, due)| now < due + FOR_LEGS && legs_are_away(record));
+            docket().waiting.extend(wait);
+            pronounce(due.iter().map(|(record, _)| record));
         }
     }
 }
@@ -195,24 +190,43 @@ fn legs_are_away(record: &Record) -> bool {
     })
 }
 
-/// Judges a drop and has the verdict written.
-fn pronounce(record: &Record) {
+/// Judges drops and has the verdicts written.
+fn pronounce<'a>(records: impl Iterator<Item = &'a Record>) {
     let Some((rules, edge, internal)) = SETTINGS.get() else {
         return;
     };
-    let around = around(record, rules, edge, internal);
-    let verdict = verdict::judge(record, &around, rules);
-    let back = around
-        .others
-        .iter()
-        .filter(|other| other.user == record.user && other.opened >= record.ended())
-        .map(|other| other.opened - record.ended())
-        .min();
-    events::judged(&verdict);
-    events::pronounced(record, &verdict, back);
+    let mut others = None;
+    for record in records {
+        // Everybody's tunnels are looked at once for all drops that are due together.
+        let others = others.get_or_insert_with(|| Arc::new(everybody(rules)));
+        let around = around(record, rules, edge, internal, others.clone());
+        let verdict = verdict::judge(record, &around, rules);
+        let back = others
+            .iter()
+            .filter(|other| other.user == record.user && other.opened >= record.ended())
+            .map(|other| other.opened - record.ended())
+            .min();
+        events::judged(&verdict);
+        events::pronounced(record, &verdict, back);
+    }
 }
 
-fn around(record: &Record, rules: &Rules, edge: &str, internal: &str) -> Around {
+/// The tunnels that are open, and those that have ended of late.
+fn everybody(rules: &Rules) -> Vec<Witness> {
+    let mut everybody = witnesses(rules);
+    let docket = docket();
+    let opened = docket.recent.iter().filter(|record| record.opened);
+    everybody.extend(opened.map(|record| witness(record, rules)));
+    everybody
+}
+
+fn around(
+    record: &Record,
+    rules: &Rules,
+    edge: &str,
+    internal: &str,
+    others: Arc<Vec<Witness>>,
+) -> Around {
     let ended = record.ended();
     let leg = |name: &str| Leg {
         name: name.to_owned(),
@@ -223,14 +237,6 @@ fn around(record: &Record, rules: &Rules, edge: &str, internal: &str) -> Around 
     let (lags, pressure) = evidence::host(ended - watchdog, ended);
     let away = |leg: &Leg| leg.conns.last().is_none_or(|conn| conn.end.is_some());
     let opened_since = LAST_OPENED.load(Ordering::Relaxed) > ended + rules.slack();
-    let mut others = witnesses(rules);
-    others.extend(
-        docket()
-            .recent
-            .iter()
-            .filter(|other| other.opened)
-            .map(|other| witness(other, rules)),
-    );
     Around {
         opened_since: opened_since && away(&edge) && away(&internal),
         edge,

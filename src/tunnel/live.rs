@@ -84,6 +84,16 @@ struct State {
     recorded: bool,
 }
 
+impl State {
+    fn order_or_wake(&mut self, reader: &Waker) -> Option<Order> {
+        let is_known = |known: &Waker| known.will_wake(reader);
+        if self.order.is_none() && !self.reader.as_ref().is_some_and(is_known) {
+            self.reader = Some(reader.clone());
+        }
+        self.order
+    }
+}
+
 static LIVE: LazyLock<Mutex<HashMap<u64, Weak<Tunnel>>>> = LazyLock::new(Mutex::default);
 
 /// The abnormal ends that nobody has come back from yet, by user and address.
@@ -136,9 +146,9 @@ impl Tunnel {
         events::tunnel_bytes(side, bytes.len() as u64, messages);
     }
 
-    /// As [`Sensor::takes`].
-    pub fn takes(&self, side: Side, takes: bool) {
-        lock(&self.state).sensor.takes(side, takes, Instant::now());
+    /// The instance has taken what was written to it after all.
+    pub fn instance_takes(&self) {
+        lock(&self.state).sensor.takes(Side::Instance);
     }
 
     /// `side` has ended, in that way.
@@ -163,18 +173,19 @@ impl Tunnel {
         lock(&self.state).sensor.nothing_under_way(written)
     }
 
-    /// The order to end, if there is one; else `reader` is woken when it comes.
-    pub fn order_or_wake(&self, reader: &Waker) -> Option<Order> {
+    /// The order to end, if there is one; else `reader` is woken when it comes. Pingora reads on, so the client has taken
+    /// what there was.
+    pub fn reads(&self, reader: &Waker) -> Option<Order> {
         let mut state = lock(&self.state);
-        if state.order.is_none()
-            && !state
-                .reader
-                .as_ref()
-                .is_some_and(|known| known.will_wake(reader))
-        {
-            state.reader = Some(reader.clone());
-        }
-        state.order
+        state.sensor.takes(Side::Client);
+        state.order_or_wake(reader)
+    }
+
+    /// The same where the instance does not take what is to be written to it.
+    pub fn cannot_write(&self, writer: &Waker) -> Option<Order> {
+        let mut state = lock(&self.state);
+        state.sensor.refuses(Side::Instance, Instant::now());
+        state.order_or_wake(writer)
     }
 
     /// The order to end, if there is one.

@@ -235,17 +235,17 @@ impl Sensor {
         seen.messages
     }
 
-    /// `side` has taken what was there for it, or has not.
-    pub fn takes(&mut self, side: Side, takes: bool, now: Instant) {
-        // What happens to the rest is of no concern.
-        if self.ended.is_some() {
-            return;
+    /// `side` has taken what was there for it. After the end that means nothing.
+    pub fn takes(&mut self, side: Side) {
+        if self.ended.is_none() {
+            self.direction(side).untaken = None;
         }
-        let direction = self.direction(side);
-        if takes {
-            direction.untaken = None;
-        } else {
-            direction.untaken.get_or_insert(now);
+    }
+
+    /// `side` does not take what is there for it.
+    pub fn refuses(&mut self, side: Side, now: Instant) {
+        if self.ended.is_none() {
+            self.direction(side).untaken.get_or_insert(now);
         }
     }
 

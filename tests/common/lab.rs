@@ -2,7 +2,6 @@
 //! Every segment between them is a relay that can be broken in several ways.
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -282,8 +281,6 @@ fn is_narrow(orders: &watch::Receiver<Orders>) -> bool {
 
 /// A person with a browser: a WebSocket that comes back when it is lost.
 pub struct Person {
-    pub name: String,
-    pub ip: String,
     /// From the person's device to the edge.
     pub last_mile: Relay,
     orders: watch::Sender<Does>,
@@ -443,8 +440,8 @@ impl Drop for Lab {
 const TOKEN: &str = "a-token-for-the-laboratory";
 
 impl Lab {
-    /// A laboratory with so many people, all of whom are connected, and both legs.
-    pub async fn new(people: usize, busy: bool) -> Lab {
+    /// A laboratory with so many people, all of whom are connected, and both legs. In an office they share an address.
+    pub async fn new(people: usize, busy: bool, office: bool) -> Lab {
         let base = TempDir::new().unwrap();
         let mut setup = Setup::new(base.path(), mint::working(base.path()))
             .set("tunnels.client_heartbeat", "400ms")
@@ -473,28 +470,29 @@ impl Lab {
         };
         lab.start_prober();
         for number in 0..people {
-            lab.add_person(number, busy).await;
+            let ip = if office { 1 } else { number + 1 };
+            lab.add_person(number, busy, format!("203.0.113.{ip}"))
+                .await;
         }
         lab.wait_until_well().await;
         lab
     }
 
-    async fn add_person(&mut self, number: usize, busy: bool) {
-        let name = NAMES[number].to_owned();
-        let ip = format!("203.0.113.{}", number + 1);
+    async fn add_person(&mut self, number: usize, busy: bool, ip: String) {
         let session = self.instances[number].new_session();
         let last_mile = Relay::start(self.edge.address).await;
         let (orders, ordered) = watch::channel(Does::Work);
         let (counts, state) = watch::channel(Counts::default());
         let headers = vec![
-            ("X-authentik-username", format!("{name}@example.com")),
-            ("X-Forwarded-For", ip.clone()),
+            (
+                "X-authentik-username",
+                format!("{}@example.com", NAMES[number]),
+            ),
+            ("X-Forwarded-For", ip),
             ("Cookie", session),
         ];
         let task = tokio::spawn(client(last_mile.address, headers, busy, ordered, counts));
         self.people.push(Person {
-            name,
-            ip,
             last_mile,
             orders,
             state,
@@ -593,8 +591,3 @@ impl Lab {
 
 /// The people of the laboratory.
 pub const NAMES: [&str; 5] = ["alice", "bob", "carol", "dave", "erin"];
-
-/// The path of the laboratory's files, for whoever looks at one that went wrong.
-pub fn files(lab: &Lab) -> Arc<Path> {
-    lab.base.path().into()
-}

@@ -44,6 +44,8 @@ enum What {
     Break(Where, Way),
     /// Everybody's last mile at once, all of them in one place.
     Office(Way),
+    /// Everybody's last mile at once, in different places.
+    Everybody(Way),
     /// One person's device sleeps.
     Sleep,
     /// The tab is closed while the edge is down.
@@ -146,6 +148,7 @@ impl Drill {
             What::ServeAndLastMile,
             What::Office(Way::Cut),
             What::Office(Way::Freeze),
+            What::Everybody(Way::Cut),
         ] {
             let (people, busy) = (4, false);
             drills.push(Drill { what, people, busy });
@@ -155,7 +158,7 @@ impl Drill {
 
     /// Runs it, and gives every drop.
     async fn run(self) -> Vec<Drop> {
-        let mut lab = Lab::new(self.people, self.busy).await;
+        let mut lab = Lab::new(self.people, self.busy, matches!(self.what, What::Office(_))).await;
         // Records tell whole milliseconds.
         let began = SystemTime::now() - Duration::from_millis(1);
         let right = self.happen(&mut lab).await;
@@ -215,7 +218,7 @@ impl Drill {
                     everybody(right)
                 }
             }
-            What::Office(way) => {
+            What::Office(way) | What::Everybody(way) => {
                 for person in &lab.people {
                     person.last_mile.break_(way);
                 }
@@ -224,8 +227,12 @@ impl Drill {
                     person.last_mile.mend();
                 }
                 lab.wait_until_well().await;
-                // Their addresses differ, and everybody fell: the evidence contradicts itself.
-                everybody(&["last_mile", "unknown"])
+                if matches!(self.what, What::Office(_)) {
+                    everybody(right("last_mile"))
+                } else {
+                    // They have nothing in common but us, and no leg felt it: the evidence contradicts itself.
+                    everybody(&["last_mile", "unknown"])
+                }
             }
             What::Sleep => {
                 lab.people[0].does(Does::Sleep);
@@ -475,16 +482,20 @@ impl Matrix {
         &self.failed
     }
 
+    /// Drops of which the evidence can tell where they come from.
     pub fn drops(&self) -> usize {
-        self.drops.len()
+        let telling = |drop: &&Drop| !drop.right.contains(&"unknown");
+        self.drops.iter().filter(telling).count()
     }
 
-    /// Drops that were given a segment that is right.
+    /// Those of them that were given the segment that was broken.
     pub fn right(&self) -> usize {
-        self.drops
+        let is_right = |drop: &&Drop| drop.right.contains(&drop.got.as_str());
+        let telling = self
+            .drops
             .iter()
-            .filter(|drop| drop.right.contains(&drop.got.as_str()))
-            .count()
+            .filter(|drop| !drop.right.contains(&"unknown"));
+        telling.filter(is_right).count()
     }
 
     fn wrong(&self) -> impl Iterator<Item = &Drop> {
@@ -536,7 +547,13 @@ impl fmt::Display for Matrix {
                 writeln!(f)?;
             }
         }
-        writeln!(f, "{} of {} right", self.right(), self.drops())?;
+        writeln!(
+            f,
+            "{} of {} drops were given the segment that was broken; for {} more the evidence is missing or contradicts itself",
+            self.right(),
+            self.drops(),
+            self.drops.len() - self.drops()
+        )?;
         for failed in &self.failed {
             writeln!(f, "failed: {failed}")?;
         }

@@ -8,6 +8,7 @@ mod browser;
 mod commands;
 mod gate;
 mod identity;
+mod operator;
 mod pairing;
 mod prober;
 mod prober_settings;

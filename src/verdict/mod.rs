@@ -4,13 +4,19 @@
 //! them felt and the other did not lies between their beginnings. Nothing is convicted by absence: where the evidence is
 //! missing or contradicts itself, the verdict is [`Segment::Unknown`] and says why.
 
+mod leg;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::evidence::{Conn, InstanceHistory, Kind, Millis, Trouble, clock};
+use crate::evidence::{Conn, InstanceHistory, Millis, Trouble, clock};
 use crate::tunnel::live::Record;
 use crate::tunnel::{Ender, How};
+use leg::{Break, Says, find_break, says};
 
 /// A part of the way between a person and their instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -158,7 +164,7 @@ pub struct Around {
     /// What the host's tasks waited for around the end, in words.
     pub pressure: Vec<String>,
     /// The tunnels of other people.
-    pub others: Vec<Witness>,
+    pub others: Arc<Vec<Witness>>,
     /// Whether somebody has come in over the same way since, while the legs were away.
     pub opened_since: bool,
     /// When this is judged.
@@ -191,23 +197,6 @@ pub struct Witness {
     pub talkative: bool,
     /// When it ended, and whether badly on the client's side.
     pub ended: Option<(Millis, bool)>,
-}
-
-/// When the way to the client broke, as far as the tunnel itself tells.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Break {
-    from: Millis,
-    to: Millis,
-    /// Whether it went silent, as opposed to being ended in the open.
-    silent: bool,
-}
-
-/// What a leg says of a break.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Says {
-    Clean,
-    Broke(String),
-    Unclear(String),
 }
 
 /// The verdict that no later evidence can change, if there is one.
@@ -485,114 +474,6 @@ fn trouble_at<'a>(
         .troubles
         .iter()
         .find(|trouble| trouble.earliest <= to && trouble.until.is_none_or(|until| until >= from))
-}
-
-/// When the client's side broke.
-fn find_break(record: &Record, rules: &Rules) -> Break {
-    let (end, slack) = (record.ended(), rules.slack());
-    let silence = record.unheard_ms as Millis;
-    let speaks = speaks(record, rules);
-    if speaks && silence >= rules.heartbeat() * 2 + slack {
-        let last = end - silence;
-        return Break {
-            from: last - slack,
-            to: last + rules.heartbeat() + slack,
-            silent: true,
-        };
-    }
-    if let Some((from, _)) = closed_gap(record, rules) {
-        return Break {
-            from: from - slack,
-            to: from + rules.heartbeat() + slack,
-            silent: true,
-        };
-    }
-    if matches!(record.how, Some(How::Timeout)) {
-        // Keepalive needs 20 s to begin with and three probes ten seconds apart; the user timeout has 45 s.
-        return Break {
-            from: (end - 56_000).max(end - silence) - slack,
-            to: end - 15_000,
-            silent: true,
-        };
-    }
-    Break {
-        from: end - slack,
-        to: end + slack,
-        silent: false,
-    }
-}
-
-/// What a leg says of the break.
-fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rules: &Rules) -> Says {
-    let (end, start) = (record.ended(), record.ended() - record.dur_ms as Millis);
-    let mut unclear = None;
-    for (position, conn) in leg.conns.iter().enumerate() {
-        for trouble in conn.troubles() {
-            let back = leg.conns[position + 1..].iter().map(|later| later.opened);
-            let until = trouble.until.or_else(|| back.min()).unwrap_or(now);
-            let lasted = until - trouble.earliest;
-            let told = format!("the leg {} {}", leg.name, trouble.what);
-            if conn.is_excused() {
-                if trouble.earliest <= break_.to && until >= break_.from {
-                    unclear = Some(format!("{told}, because the prober was restarted"));
-                }
-                continue;
-            }
-            let began_then = trouble.earliest <= break_.to && trouble.latest >= break_.from;
-            let as_long_as_a_watchdog =
-                trouble.earliest <= end - millis(rules.gap()) + millis(rules.stall());
-            let still_on = until >= end - rules.heartbeat();
-            let began_with_it = trouble.latest
-                >= end - rules.watchdog() - rules.heartbeat() - millis(rules.stall());
-            let short_life = record.dur_ms as Millis <= rules.watchdog() * 3;
-            let convicts = match (trouble.kind, break_.silent) {
-                (Kind::Cut, _) => began_then,
-                // A stall that is over before any client would give up has ended nothing.
-                (Kind::Stall, true) => began_then && lasted >= rules.watchdog() / 2,
-                // Ended in the open after a stall: the client has given up what it did not hear.
-                (Kind::Stall, false) => {
-                    as_long_as_a_watchdog
-                        && still_on
-                        && (began_with_it && trouble.earliest >= start - rules.slack()
-                            || short_life && trouble.earliest <= start)
-                }
-            } || trouble.kind == Kind::Stall
-                && break_.silent
-                && short_life
-                && trouble.earliest <= start
-                && until >= end - rules.slack();
-            if convicts {
-                return Says::Broke(told);
-            }
-            if trouble.earliest <= break_.to && until >= break_.from {
-                unclear = Some(told);
-            }
-        }
-    }
-    match unclear {
-        Some(told) => Says::Unclear(told),
-        None if covers(&leg.conns, break_, millis(rules.stall())) => Says::Clean,
-        None if leg.conns.is_empty() => {
-            Says::Unclear(format!("there is no leg {} to tell", leg.name))
-        }
-        None => Says::Unclear(format!("the leg {} was not connected then", leg.name)),
-    }
-}
-
-/// Whether the connections together were heard all through the break. One that was moved may leave a small hole.
-fn covers(conns: &[Conn], break_: &Break, hole: Millis) -> bool {
-    let mut reached = break_.from;
-    let mut spans: Vec<_> = conns.iter().map(|conn| (conn.opened, conn.heard)).collect();
-    spans.sort_unstable();
-    let mut covered = false;
-    for (opened, heard) in spans {
-        let hole = if covered { hole } else { 0 };
-        if opened <= reached + hole && heard >= reached {
-            reached = heard;
-            covered = true;
-        }
-    }
-    covered && reached >= break_.to
 }
 
 /// The verdict on a break of the client's side, from what the legs and the other people say.

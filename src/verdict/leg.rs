@@ -1,0 +1,131 @@
+//! When the way to a client broke, as far as its tunnel tells, and what a leg says of that moment.
+
+use super::{Leg, Rules, closed_gap, millis, speaks};
+use crate::evidence::{Conn, Kind, Millis};
+use crate::tunnel::How;
+use crate::tunnel::live::Record;
+
+/// When the way to the client broke, as far as the tunnel itself tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Break {
+    pub from: Millis,
+    pub to: Millis,
+    /// Whether it went silent, as opposed to being ended in the open.
+    pub silent: bool,
+}
+
+/// What a leg says of a break.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Says {
+    Clean,
+    Broke(String),
+    Unclear(String),
+}
+
+/// When the client's side broke.
+pub(super) fn find_break(record: &Record, rules: &Rules) -> Break {
+    let (end, slack) = (record.ended(), rules.slack());
+    let silence = record.unheard_ms as Millis;
+    let speaks = speaks(record, rules);
+    if speaks && silence >= rules.heartbeat() * 2 + slack {
+        let last = end - silence;
+        return Break {
+            from: last - slack,
+            to: last + rules.heartbeat() + slack,
+            silent: true,
+        };
+    }
+    if let Some((from, _)) = closed_gap(record, rules) {
+        return Break {
+            from: from - slack,
+            to: from + rules.heartbeat() + slack,
+            silent: true,
+        };
+    }
+    if matches!(record.how, Some(How::Timeout)) {
+        // Keepalive needs 20 s to begin with and three probes ten seconds apart; the user timeout has 45 s.
+        return Break {
+            from: (end - 56_000).max(end - silence) - slack,
+            to: end - 15_000,
+            silent: true,
+        };
+    }
+    Break {
+        from: end - slack,
+        to: end + slack,
+        silent: false,
+    }
+}
+
+/// What a leg says of the break.
+pub(super) fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rules: &Rules) -> Says {
+    let (end, start) = (record.ended(), record.ended() - record.dur_ms as Millis);
+    let mut unclear = None;
+    for (position, conn) in leg.conns.iter().enumerate() {
+        for trouble in conn.troubles() {
+            let back = leg.conns[position + 1..].iter().map(|later| later.opened);
+            let until = trouble.until.or_else(|| back.min()).unwrap_or(now);
+            let lasted = until - trouble.earliest;
+            let told = format!("the leg {} {}", leg.name, trouble.what);
+            if conn.is_excused() {
+                if trouble.earliest <= break_.to && until >= break_.from {
+                    unclear = Some(format!("{told}, because the prober was restarted"));
+                }
+                continue;
+            }
+            let began_then = trouble.earliest <= break_.to && trouble.latest >= break_.from;
+            let as_long_as_a_watchdog =
+                trouble.earliest <= end - millis(rules.gap()) + millis(rules.stall());
+            let still_on = until >= end - rules.heartbeat();
+            let began_with_it = trouble.latest
+                >= end - rules.watchdog() - rules.heartbeat() - millis(rules.stall());
+            let short_life = record.dur_ms as Millis <= rules.watchdog() * 3;
+            let convicts = match (trouble.kind, break_.silent) {
+                (Kind::Cut, _) => began_then,
+                // A stall that is over before any client would give up has ended nothing.
+                (Kind::Stall, true) => began_then && lasted >= rules.watchdog() / 2,
+                // Ended in the open after a stall: the client has given up what it did not hear.
+                (Kind::Stall, false) => {
+                    as_long_as_a_watchdog
+                        && still_on
+                        && (began_with_it && trouble.earliest >= start - rules.slack()
+                            || short_life && trouble.earliest <= start)
+                }
+            } || trouble.kind == Kind::Stall
+                && break_.silent
+                && short_life
+                && trouble.earliest <= start
+                && until >= end - rules.slack();
+            if convicts {
+                return Says::Broke(told);
+            }
+            if trouble.earliest <= break_.to && until >= break_.from {
+                unclear = Some(told);
+            }
+        }
+    }
+    match unclear {
+        Some(told) => Says::Unclear(told),
+        None if covers(&leg.conns, break_, millis(rules.stall())) => Says::Clean,
+        None if leg.conns.is_empty() => {
+            Says::Unclear(format!("there is no leg {} to tell", leg.name))
+        }
+        None => Says::Unclear(format!("the leg {} was not connected then", leg.name)),
+    }
+}
+
+/// Whether the connections together were heard all through the break. One that was moved may leave a small hole.
+fn covers(conns: &[Conn], break_: &Break, hole: Millis) -> bool {
+    let mut reached = break_.from;
+    let mut spans: Vec<_> = conns.iter().map(|conn| (conn.opened, conn.heard)).collect();
+    spans.sort_unstable();
+    let mut covered = false;
+    for (opened, heard) in spans {
+        let hole = if covered { hole } else { 0 };
+        if opened <= reached + hole && heard >= reached {
+            reached = heard;
+            covered = true;
+        }
+    }
+    covered && reached >= break_.to
+}
