@@ -65,8 +65,19 @@ pub fn opened() {
 
 /// The verdict that needs no more evidence, if there is one.
 pub fn at_once(record: &Record) -> Option<Verdict> {
-    let (rules, ..) = SETTINGS.get()?;
+    let (rules, edge, internal) = SETTINGS.get()?;
     let verdict = verdict::at_once(record, rules)?;
+    // A goodbye while a leg has stalled may be that of a client that has heard nothing.
+    let has_stalled = |leg: &String| {
+        let conns = evidence::conns(leg);
+        conns
+            .last()
+            .is_some_and(|conn| conn.stalls.iter().any(|stall| stall.until.is_none()))
+    };
+    let goodbye = record.first() == Some((Ender::Client, How::Close)) && record.code != Some(1001);
+    if goodbye && (has_stalled(edge) || has_stalled(internal)) {
+        return None;
+    }
     events::judged(&verdict);
     Some(verdict)
 }

@@ -18,8 +18,18 @@ pub(super) struct Break {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Says {
     Clean,
-    Broke(String),
+    Broke(String, Kind),
     Unclear(String),
+}
+
+impl Says {
+    /// How it broke, if it did.
+    pub fn broke(&self) -> Option<Kind> {
+        match self {
+            Says::Broke(_, kind) => Some(*kind),
+            Says::Clean | Says::Unclear(_) => None,
+        }
+    }
 }
 
 /// When the client's side broke.
@@ -97,7 +107,7 @@ pub(super) fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rule
                 && trouble.earliest <= start
                 && until >= end - rules.slack();
             if convicts {
-                return Says::Broke(told);
+                return Says::Broke(told, trouble.kind);
             }
             if trouble.earliest <= break_.to && until >= break_.from {
                 unclear = Some(told);

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::evidence::{Conn, InstanceHistory, Millis, Trouble, clock};
+use crate::evidence::{Conn, InstanceHistory, Kind, Millis, Trouble, clock};
 use crate::tunnel::live::Record;
 use crate::tunnel::{Ender, How};
 use leg::{Break, Says, find_break, says};
@@ -317,7 +317,8 @@ pub fn is_talkative(messages: u64, within: Millis, rules: &Rules) -> bool {
 
 /// The verdict, from all evidence.
 pub fn judge(record: &Record, around: &Around, rules: &Rules) -> Verdict {
-    if let Some(verdict) = at_once(record, rules) {
+    let goodbye = record.first() == Some((Ender::Client, How::Close));
+    if let Some(verdict) = at_once(record, rules).filter(|_| !goodbye) {
         return verdict;
     }
     match record.first() {
@@ -329,7 +330,12 @@ pub fn judge(record: &Record, around: &Around, rules: &Rules) -> Verdict {
         return verdict;
     }
     if hangs(record, rules) {
-        return instance_hangs(record, around, rules);
+        let since = record.ended() - rules.watchdog();
+        let trouble = trouble_at(&around.instance, since, record.ended(), rules);
+        // Not everything that is said wants an answer; a heartbeat does.
+        if trouble.is_some() || record.instance.untaken_ms.is_some() || speaks(record, rules) {
+            return instance_hangs(record, around, trouble);
+        }
     }
     let is_close = matches!(record.how, Some(How::Close));
     let break_ = find_break(record, rules);
@@ -337,23 +343,19 @@ pub fn judge(record: &Record, around: &Around, rules: &Rules) -> Verdict {
         says(&around.edge, &break_, record, around.now, rules),
         says(&around.internal, &break_, record, around.now, rules),
     );
-    let broke = matches!(
-        (&edge, &internal),
-        (Says::Broke(_), _) | (_, Says::Broke(_))
-    );
+    let broke = edge.broke().or(internal.broke());
     // A client that gives up says goodbye as one that leaves does; then the way has to show it, or its own long silence.
     let gave_up = closed_gap(record, rules).is_some_and(|(from, to)| {
-        broke || to - from >= rules.watchdog() || record.ended() - to <= rules.slack()
+        broke.is_some() || to - from >= rules.watchdog() || record.ended() - to <= rules.slack()
     });
-    if is_close && !gave_up {
+    // Where only what we send is lost, nothing but the legs shows it. A tab that is closed has no watchdog.
+    let one_way = broke == Some(Kind::Stall) && !break_.silent;
+    if is_close && (!gave_up && !one_way || record.code == Some(1001)) {
         return ordinary_end(record);
     }
     if let Some(trouble) = trouble_at(&around.instance, break_.from, record.ended(), rules)
         && record.unanswered_ms.unwrap_or(0) as Millis >= rules.heartbeat()
-        && !matches!(
-            (&edge, &internal),
-            (Says::Broke(_), _) | (_, Says::Broke(_))
-        )
+        && broke.is_none()
     {
         return verdict(
             Segment::Serve,
@@ -428,8 +430,7 @@ fn we_stalled(record: &Record, around: &Around, rules: &Rules) -> Option<Verdict
     Some(verdict(Segment::Dispatch, Confidence::High, evidence))
 }
 
-fn instance_hangs(record: &Record, around: &Around, rules: &Rules) -> Verdict {
-    let end = record.ended();
+fn instance_hangs(record: &Record, around: &Around, trouble: Option<&Trouble>) -> Verdict {
     let mut evidence = Vec::new();
     if let Some(waited) = record.unanswered_ms {
         evidence.push(format!(
@@ -449,8 +450,7 @@ fn instance_hangs(record: &Record, around: &Around, rules: &Rules) -> Verdict {
             seconds(waited as Millis)
         ));
     }
-    let trouble = trouble_at(&around.instance, end - rules.watchdog(), end, rules);
-    let confidence = match &trouble {
+    let confidence = match trouble {
         Some(_) => Confidence::High,
         None => Confidence::Medium,
     };
@@ -506,7 +506,7 @@ fn weigh(
         verdict(Segment::Unknown, Confidence::Low, evidence)
     };
     match (edge, internal) {
-        (Says::Broke(edge), Says::Clean) => {
+        (Says::Broke(edge, _), Says::Clean) => {
             evidence.extend([edge, clean(&around.internal)]);
             let confidence = if fell.is_empty() {
                 Confidence::Medium
@@ -515,7 +515,7 @@ fn weigh(
             };
             verdict(Segment::Edge, confidence, evidence)
         }
-        (Says::Broke(edge), Says::Broke(internal)) => {
+        (Says::Broke(edge, _), Says::Broke(internal, _)) => {
             evidence.extend([edge, internal]);
             if lived > 0 {
                 return unknown(
@@ -567,20 +567,20 @@ fn weigh(
             };
             verdict(Segment::LastMile, confidence, evidence)
         }
-        (Says::Broke(edge), Says::Unclear(internal)) => {
+        (Says::Broke(edge, _), Says::Unclear(internal)) => {
             evidence.push(edge);
             let why =
                 format!("whether it was the edge or what is behind it is not known: {internal}");
             unknown(evidence, why)
         }
-        (Says::Clean, Says::Broke(internal) | Says::Unclear(internal)) => {
+        (Says::Clean, Says::Broke(internal, _) | Says::Unclear(internal)) => {
             evidence.push(clean(&around.edge));
             unknown(evidence, internal)
         }
         (Says::Unclear(edge), internal) => {
             evidence.push(match internal {
                 Says::Clean => clean(&around.internal),
-                Says::Broke(told) | Says::Unclear(told) => told,
+                Says::Broke(told, _) | Says::Unclear(told) => told,
             });
             unknown(evidence, edge)
         }

@@ -302,6 +302,46 @@ fn a_goodbye_after_a_long_silence_is_a_client_that_gave_up() {
     is(&quiet, &clean(), NOBODY);
 }
 
+/// Where only what we send is lost, the client's goodbye comes in full flow, and nothing but the legs shows the break.
+#[test]
+fn a_goodbye_while_a_leg_has_stalled_for_as_long_as_a_client_waits() {
+    let edge = || around(stalled("cloudflare", -19_000), well("internal"));
+    is(&closed(1000), &edge(), Edge);
+    is(&cut(), &edge(), Edge);
+    is(&closed(1001), &edge(), NOBODY);
+    let internal = around(stalled("cloudflare", -19_000), stalled("internal", -19_000));
+    is(&closed(1000), &internal, Internal);
+    // Not long enough, long over, or long before.
+    is(
+        &closed(1000),
+        &around(stalled("cloudflare", -5_000), well("internal")),
+        NOBODY,
+    );
+    is(
+        &closed(1000),
+        &around(stalled("cloudflare", -60_000), well("internal")),
+        NOBODY,
+    );
+    is(
+        &closed(1000),
+        &around(
+            leg(
+                "cloudflare",
+                vec![trouble(Kind::Stall, -600_000, None)],
+                None,
+            ),
+            well("internal"),
+        ),
+        NOBODY,
+    );
+    // A cut in the same second is not why somebody says goodbye.
+    is(
+        &closed(1000),
+        &around(broken("cloudflare"), well("internal")),
+        NOBODY,
+    );
+}
+
 #[test]
 fn an_instance_that_does_not_answer_is_at_fault() {
     let mut record = closed(1000);
@@ -315,6 +355,12 @@ fn an_instance_that_does_not_answer_is_at_fault() {
     is(&record, &Around::default(), Serve);
     record.unanswered_ms = Some(9000);
     is(&record, &clean(), NOBODY);
+    // A client without a heartbeat may not have wanted an answer.
+    let mut quiet = closed(1000);
+    quiet.unanswered_ms = Some(600_000);
+    quiet.client.messages = 3;
+    is(&quiet, &clean(), NOBODY);
+    is(&quiet, &hanging, Serve);
     // The client takes nothing, so that the answers wait here.
     let mut record = cut();
     record.unanswered_ms = Some(18_000);

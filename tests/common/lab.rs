@@ -43,16 +43,22 @@ pub enum Way {
     Delay,
     /// A few bytes a second.
     Throttle,
+    /// What goes towards the instance is lost.
+    LoseUp,
+    /// What goes towards the client is lost.
+    LoseDown,
 }
 
 impl Way {
-    pub const ALL: [Way; 6] = [
+    pub const ALL: [Way; 8] = [
         Way::Cut,
         Way::Reset,
         Way::Blackhole,
         Way::Freeze,
         Way::Delay,
         Way::Throttle,
+        Way::LoseUp,
+        Way::LoseDown,
     ];
 }
 
@@ -63,6 +69,20 @@ enum Mode {
     Freeze,
     Delay,
     Throttle,
+    LoseUp,
+    LoseDown,
+}
+
+impl Mode {
+    /// Whether what goes in a direction is lost.
+    fn loses(self, up: bool) -> bool {
+        match self {
+            Mode::Blackhole => true,
+            Mode::LoseUp => up,
+            Mode::LoseDown => !up,
+            _ => false,
+        }
+    }
 }
 
 /// What a relay does now, and how often it has cut and reset its connections.
@@ -116,13 +136,15 @@ impl Relay {
             Way::Freeze => orders.mode = Mode::Freeze,
             Way::Delay => orders.mode = Mode::Delay,
             Way::Throttle => orders.mode = Mode::Throttle,
+            Way::LoseUp => orders.mode = Mode::LoseUp,
+            Way::LoseDown => orders.mode = Mode::LoseDown,
         });
     }
 
     /// All is well again. Connections that have lost bytes cannot go on.
     pub fn mend(&self) {
         self.orders.send_modify(|orders| {
-            if orders.mode == Mode::Blackhole {
+            if orders.mode.loses(true) || orders.mode.loses(false) {
                 orders.cuts += 1;
             }
             orders.mode = Mode::Pass;
@@ -153,8 +175,8 @@ async fn relay(near: TcpStream, target: SocketAddr, mut orders: watch::Receiver<
     );
     let (near_read, near_write) = near.into_split();
     let (far_read, far_write) = far.into_split();
-    let up = tokio::spawn(pass(near_read, far_write, orders.clone()));
-    let down = tokio::spawn(pass(far_read, near_write, orders.clone()));
+    let up = tokio::spawn(pass(true, near_read, far_write, orders.clone()));
+    let down = tokio::spawn(pass(false, far_read, near_write, orders.clone()));
     let (up_stop, down_stop) = (up.abort_handle(), down.abort_handle());
     let reset = tokio::select! {
         // Either direction's end is the end of both, once it has come through.
@@ -188,6 +210,7 @@ async fn relay(near: TcpStream, target: SocketAddr, mut orders: watch::Receiver<
 
 /// One direction.
 async fn pass(
+    up: bool,
     mut from: tokio::net::tcp::OwnedReadHalf,
     to: tokio::net::tcp::OwnedWriteHalf,
     mut orders: watch::Receiver<Orders>,
@@ -249,14 +272,14 @@ async fn pass(
         };
         let Ok(count @ 1..) = read else {
             // In a black hole an end is lost as well.
-            let lost = orders.borrow().mode == Mode::Blackhole;
+            let lost = orders.borrow().mode.loses(up);
             if lost {
                 std::future::pending::<()>().await;
             }
             break;
         };
         let mode = orders.borrow().mode;
-        if mode == Mode::Blackhole {
+        if mode.loses(up) {
             continue;
         }
         let wait = if mode == Mode::Delay {
@@ -323,9 +346,28 @@ impl Person {
     }
 }
 
+/// How a client gives its WebSocket up: by a Close frame with a code, by one without, by hanging up, by a reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Goodbye {
+    Code(u16),
+    NoCode,
+    Fin,
+    Reset,
+}
+
+/// That of each person.
+const GOODBYES: [Goodbye; 5] = [
+    Goodbye::Code(1000),
+    Goodbye::Fin,
+    Goodbye::Code(4000),
+    Goodbye::Reset,
+    Goodbye::NoCode,
+];
+
 /// A person's client: heartbeat, watchdog, and the way back.
 async fn client(
     address: SocketAddr,
+    gives_up: Goodbye,
     headers: Vec<(&'static str, String)>,
     busy: bool,
     mut orders: watch::Receiver<Does>,
@@ -360,8 +402,8 @@ async fn client(
         let goodbye = loop {
             match *orders.borrow_and_update() {
                 Does::Work => {}
-                Does::Leave => break Some(CloseCode::Away),
-                Does::Finish => break Some(CloseCode::Normal),
+                Does::Leave => break Some(Goodbye::Code(1001)),
+                Does::Finish => break Some(Goodbye::Code(1000)),
                 Does::Sleep => {}
             }
             if *orders.borrow() == Does::Sleep {
@@ -372,7 +414,7 @@ async fn client(
             }
             // A watchdog: nothing heard for so long, so the WebSocket is given up as a page does it.
             if heard.elapsed() >= WATCHDOG {
-                break Some(CloseCode::Normal);
+                break Some(gives_up);
             }
             let sent = tokio::select! {
                 message = socket.next() => match message {
@@ -396,16 +438,24 @@ async fn client(
             counts.is_open = false;
             counts.lost += usize::from(!asked);
         });
-        if let Some(code) = goodbye {
-            let frame = CloseFrame {
-                code,
+        let frame = match goodbye {
+            Some(Goodbye::Code(code)) => Some(Some(CloseFrame {
+                code: CloseCode::from(code),
                 reason: "".into(),
-            };
+            })),
+            Some(Goodbye::NoCode) => Some(None),
+            _ => None,
+        };
+        if let Some(frame) = frame {
             let _ = timeout(Duration::from_millis(500), async {
-                let _ = socket.close(Some(frame)).await;
+                let _ = socket.close(frame).await;
                 while let Some(Ok(_)) = socket.next().await {}
             })
             .await;
+        }
+        if goodbye == Some(Goodbye::Reset) {
+            let stream = socket.get_ref();
+            let _ = rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO));
         }
         drop(socket);
         if asked {
@@ -491,7 +541,15 @@ impl Lab {
             ("X-Forwarded-For", ip),
             ("Cookie", session),
         ];
-        let task = tokio::spawn(client(last_mile.address, headers, busy, ordered, counts));
+        let gives_up = GOODBYES[number];
+        let task = tokio::spawn(client(
+            last_mile.address,
+            gives_up,
+            headers,
+            busy,
+            ordered,
+            counts,
+        ));
         self.people.push(Person {
             last_mile,
             orders,
