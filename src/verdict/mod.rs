@@ -7,6 +7,7 @@
 mod leg;
 #[cfg(test)]
 mod tests;
+mod weigh;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::evidence::{Conn, InstanceHistory, Kind, Millis, Trouble, clock};
 use crate::tunnel::live::Record;
 use crate::tunnel::{Ender, How};
-use leg::{Break, Says, find_break, says};
+use leg::{find_break, says};
 
 /// A part of the way between a person and their instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -369,7 +370,7 @@ pub fn judge(record: &Record, around: &Around, rules: &Rules) -> Verdict {
             ],
         );
     }
-    weigh(record, around, rules, &break_, edge, internal)
+    weigh::weigh(record, around, rules, &break_, edge, internal)
 }
 
 fn closed_by_instance(record: &Record, around: &Around, rules: &Rules) -> Verdict {
@@ -474,183 +475,6 @@ fn trouble_at<'a>(
         .troubles
         .iter()
         .find(|trouble| trouble.earliest <= to && trouble.until.is_none_or(|until| until >= from))
-}
-
-/// The verdict on a break of the client's side, from what the legs and the other people say.
-fn weigh(
-    record: &Record,
-    around: &Around,
-    rules: &Rules,
-    break_: &Break,
-    edge: Says,
-    internal: Says,
-) -> Verdict {
-    let (fell, lived) = company(record, around, rules, break_);
-    let mut evidence = vec![how_it_ended(record, break_)];
-    let people = |count: usize| match count {
-        1 => "1 other person".to_owned(),
-        count => format!("{count} other people"),
-    };
-    if !fell.is_empty() {
-        evidence.push(format!(
-            "{} broke off at the same moment",
-            people(fell.len())
-        ));
-    }
-    if lived > 0 {
-        evidence.push(format!("{} stayed connected", people(lived)));
-    }
-    let clean = |leg: &Leg| format!("the leg {} was clean", leg.name);
-    let unknown = |mut evidence: Vec<String>, why: String| {
-        evidence.push(why);
-        verdict(Segment::Unknown, Confidence::Low, evidence)
-    };
-    match (edge, internal) {
-        (Says::Broke(edge, _), Says::Clean) => {
-            evidence.extend([edge, clean(&around.internal)]);
-            let confidence = if fell.is_empty() {
-                Confidence::Medium
-            } else {
-                Confidence::High
-            };
-            verdict(Segment::Edge, confidence, evidence)
-        }
-        (Says::Broke(edge, _), Says::Broke(internal, _)) => {
-            evidence.extend([edge, internal]);
-            if lived > 0 {
-                return unknown(
-                    evidence,
-                    "that contradicts itself: the legs broke and other people did not".into(),
-                );
-            }
-            if around.opened_since {
-                return unknown(
-                    evidence,
-                    "the legs have not come back though people have: the prober itself may be gone"
-                        .into(),
-                );
-            }
-            let after = |trouble: &&Trouble| trouble.until.is_none_or(|until| until >= break_.from);
-            if let Some(trouble) = around.instance.troubles.iter().find(after) {
-                let why = format!("the instance was in trouble as well: it {}", trouble.what);
-                return unknown(evidence, why);
-            }
-            if around.instance.well.is_none_or(|well| well < break_.from) {
-                let why = "nothing shows that the instance was well then".into();
-                return unknown(evidence, why);
-            }
-            evidence.push("the instance answered all the while".into());
-            let confidence = if fell.is_empty() {
-                Confidence::Medium
-            } else {
-                Confidence::High
-            };
-            verdict(Segment::Internal, confidence, evidence)
-        }
-        (Says::Clean, Says::Clean) => {
-            evidence.push(format!(
-                "the legs {} and {} were clean",
-                around.edge.name, around.internal.name
-            ));
-            let elsewhere = fell.iter().any(|ip| *ip != record.ip);
-            if lived == 0 && fell.len() >= 2 && elsewhere {
-                return unknown(
-                    evidence,
-                    "that contradicts itself: so many people at once have something in common, which no leg has felt"
-                        .into(),
-                );
-            }
-            let confidence = if lived > 0 {
-                Confidence::High
-            } else {
-                Confidence::Medium
-            };
-            verdict(Segment::LastMile, confidence, evidence)
-        }
-        (Says::Broke(edge, _), Says::Unclear(internal)) => {
-            evidence.push(edge);
-            let why =
-                format!("whether it was the edge or what is behind it is not known: {internal}");
-            unknown(evidence, why)
-        }
-        (Says::Clean, Says::Broke(internal, _) | Says::Unclear(internal)) => {
-            evidence.push(clean(&around.edge));
-            unknown(evidence, internal)
-        }
-        (Says::Unclear(edge), internal) => {
-            evidence.push(match internal {
-                Says::Clean => clean(&around.internal),
-                Says::Broke(told, _) | Says::Unclear(told) => told,
-            });
-            unknown(evidence, edge)
-        }
-    }
-}
-
-/// Who else broke off in the same moment, by address, one for each person; and how many others lived through it.
-fn company<'a>(
-    record: &Record,
-    around: &'a Around,
-    rules: &Rules,
-    break_: &Break,
-) -> (Vec<&'a str>, usize) {
-    let (mut fell, mut lived): (Vec<(&str, &str)>, Vec<&str>) = Default::default();
-    let slack = rules.slack();
-    for other in around
-        .others
-        .iter()
-        .filter(|other| other.user != record.user)
-    {
-        if other.opened > break_.from {
-            continue;
-        }
-        let silent_since_then = other.talkative
-            && other.heard <= break_.to
-            && other.heard >= break_.from - rules.heartbeat()
-            && around.now - other.heard >= rules.heartbeat() * 5 / 2;
-        let gap_then = other
-            .gap
-            .is_some_and(|(from, _)| from >= break_.from - rules.heartbeat() && from <= break_.to);
-        let ended_then = other.ended.is_some_and(|(at, badly)| {
-            badly && (at - record.ended()).abs() <= slack.max(rules.heartbeat() / 2)
-        });
-        let user = other.user.as_str();
-        if ended_then || silent_since_then || gap_then {
-            fell.push((user, &other.ip));
-        } else if other.heard > break_.to + slack {
-            lived.push(user);
-        }
-    }
-    lived.retain(|user| !fell.iter().any(|(fallen, _)| fallen == user));
-    lived.sort_unstable();
-    lived.dedup();
-    fell.sort_unstable();
-    fell.dedup_by_key(|(user, _)| *user);
-    (fell.into_iter().map(|(_, ip)| ip).collect(), lived.len())
-}
-
-fn how_it_ended(record: &Record, break_: &Break) -> String {
-    let end = clock(record.ended());
-    let ended = match record.how {
-        Some(How::Close) => format!("the client closed it at {end}"),
-        Some(How::Fin) => {
-            format!("the client's side closed its connection at {end}, without a Close frame")
-        }
-        Some(How::Timeout) => format!("the client's side was given up at {end}"),
-        _ => format!("the client's side reset its connection at {end}"),
-    };
-    if !break_.silent {
-        return format!("{ended}, in full flow");
-    }
-    let (silence, gap) = (record.unheard_ms, record.gap);
-    match gap.filter(|gap| gap.length_ms > silence) {
-        Some(gap) => format!(
-            "{ended}, after a silence of {} which was over {} before",
-            seconds(gap.length_ms as Millis),
-            seconds(gap.ago_ms as Millis)
-        ),
-        None => format!("{ended}, after a silence of {}", seconds(silence as Millis)),
-    }
 }
 
 fn seconds(millis: Millis) -> String {
