@@ -536,7 +536,7 @@ mod tests {
                 "{text}"
             );
         }
-        for text in ["", "soon", "25:00", "14"] {
+        for text in ["", "soon", "25:00", "14:5"] {
             assert_eq!(read_time(text, &now), None, "{text}");
         }
     }
