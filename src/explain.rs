@@ -269,6 +269,7 @@ impl Teller<'_> {
             };
             let mut line = String::new();
             for (column, (cell, width)) in row.iter().zip(widths).enumerate() {
+                let width = if column + 1 < widths.len() { width } else { 0 };
                 let cell = format!("{cell:width$}");
                 line += &if number == 0 || column == 2 {
                     format!("{style}{cell}{style:#}  ")

@@ -26,8 +26,9 @@ const LOOK: Duration = Duration::from_millis(100);
 /// How much longer than its window a drop may wait for legs to come back: a prober tries again after three seconds, then six.
 const FOR_LEGS: Millis = 12_000;
 
-/// Ends that are remembered to see who fell together.
-const RECENT: usize = 10_000;
+/// Ends that are remembered, and for how long beyond the window of the last of them.
+const RECENT: usize = 20_000;
+const REMEMBERED: Millis = 60_000;
 
 /// Most drops that wait; more are judged at once, with what is known.
 const WAITING: usize = 20_000;
@@ -35,7 +36,8 @@ const WAITING: usize = 20_000;
 #[derive(Debug, Default)]
 struct Docket {
     waiting: VecDeque<(Record, Millis)>,
-    recent: VecDeque<Record>,
+    /// Ends of late, to see who fell together.
+    recent: VecDeque<Witness>,
 }
 
 static DOCKET: Mutex<Docket> = Mutex::new(Docket {
@@ -45,6 +47,23 @@ static DOCKET: Mutex<Docket> = Mutex::new(Docket {
 static SETTINGS: OnceLock<(Rules, String, String)> = OnceLock::new();
 static LAST_OPENED: AtomicI64 = AtomicI64::new(0);
 static REPLACED: AtomicBool = AtomicBool::new(false);
+
+impl Docket {
+    /// Forgets the ends that no drop needs any more.
+    fn forget(&mut self, now: Millis) {
+        let window = SETTINGS
+            .get()
+            .map_or(0, |(rules, ..)| rules.window().as_millis() as Millis);
+        let old = now - window - FOR_LEGS - REMEMBERED;
+        let is_old = |end: &Witness| end.ended.is_some_and(|(at, _)| at < old);
+        while self.recent.front().is_some_and(is_old) {
+            self.recent.pop_front();
+        }
+        if self.recent.is_empty() {
+            self.recent.shrink_to_fit();
+        }
+    }
+}
 
 fn docket() -> MutexGuard<'static, Docket> {
     DOCKET.lock().unwrap_or_else(PoisonError::into_inner)
@@ -91,7 +110,9 @@ pub fn ended(record: Record, instance: Arc<Instance>) {
     if docket.recent.len() >= RECENT {
         docket.recent.pop_front();
     }
-    docket.recent.push_back(record.clone());
+    if record.opened {
+        docket.recent.push_back(witness(&record, rules));
+    }
     if record.verdict.is_some() {
         return;
     }
@@ -167,6 +188,7 @@ impl BackgroundService for Judge {
             let now = evidence::now();
             let due = {
                 let mut docket = docket();
+                docket.forget(now);
                 let (due, waiting): (Vec<_>, Vec<_>) = std::mem::take(&mut docket.waiting)
                     .into_iter()
                     .partition(|(_, due)| *due <= now);
@@ -225,9 +247,7 @@ fn pronounce<'a>(records: impl Iterator<Item = &'a Record>) {
 /// The tunnels that are open, and those that have ended of late.
 fn everybody(rules: &Rules) -> Vec<Witness> {
     let mut everybody = witnesses(rules);
-    let docket = docket();
-    let opened = docket.recent.iter().filter(|record| record.opened);
-    everybody.extend(opened.map(|record| witness(record, rules)));
+    everybody.extend(docket().recent.iter().cloned());
     everybody
 }
 

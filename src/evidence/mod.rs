@@ -254,7 +254,7 @@ pub(crate) struct Memory {
     instances: std::collections::HashMap<u16, InstanceHistory>,
     lags: VecDeque<(Millis, Millis)>,
     pressed: VecDeque<(Millis, String, f64)>,
-    told: VecDeque<(String, Millis, String)>,
+    told: VecDeque<(String, Millis)>,
     entrusted: Vec<(Record, Millis)>,
 }
 
@@ -331,18 +331,11 @@ pub fn host(from: Millis, to: Millis) -> (Vec<(Millis, Millis)>, Vec<String>) {
     (lags, pressed.collect())
 }
 
-/// What the prober told of a leg's being down between these times.
-pub fn told(leg: &str, from: Millis, to: Millis) -> Option<String> {
+/// Whether the prober, which repeats itself, has told already that this leg went down then.
+pub fn is_told(leg: &str, since: Millis) -> bool {
     let memory = memory();
-    let (_, since, reason) = memory
-        .told
-        .iter()
-        .rev()
-        .find(|(name, since, _)| name == leg && (from..=to).contains(since))?;
-    Some(format!(
-        "the prober lost the leg {leg} at {} ({reason})",
-        clock(*since)
-    ))
+    let mut told = memory.told.iter();
+    told.any(|(name, at)| name == leg && (at - since).abs() < 2000)
 }
 
 impl Memory {
@@ -405,7 +398,7 @@ impl Memory {
                     conn.excused |= held_by_another && ended.is_some_and(|ago| ago < RESTART);
                 }
             }
-            Event::LegTold { leg, since, reason } => push(&mut self.told, (leg, since, reason)),
+            Event::LegTold { leg, since, .. } => push(&mut self.told, (leg, since)),
             Event::InstanceWell { port } => {
                 let instance = self.instances.entry(port).or_default();
                 instance.well = Some(at);

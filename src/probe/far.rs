@@ -90,7 +90,6 @@ pub struct Far {
     heartbeat: Duration,
     ticked: Instant,
     told_start: bool,
-    told: Vec<(String, Millis)>,
     ended: bool,
 }
 
@@ -122,7 +121,6 @@ impl Far {
             heartbeat: PING * 5,
             ticked: now,
             told_start: false,
-            told: Vec::new(),
             ended: false,
         })
     }
@@ -273,20 +271,15 @@ impl Far {
             return;
         };
         let since = now - told.for_ms.max(0);
-        let known = |(leg, at): &(String, Millis)| *leg == told.leg && (at - since).abs() < 2000;
         let is_word = |text: &str| {
             text.len() <= 32
                 && text
                     .bytes()
                     .all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
         };
-        if !is_word(&told.leg) || !is_word(&reason) || self.told.iter().any(known) {
+        if !is_word(&told.leg) || !is_word(&reason) || evidence::is_told(&told.leg, since) {
             return;
         }
-        if self.told.len() >= 64 {
-            self.told.remove(0);
-        }
-        self.told.push((told.leg.clone(), since));
         evidence::record(Event::LegTold {
             leg: told.leg,
             since,

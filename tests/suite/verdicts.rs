@@ -71,7 +71,12 @@ fn heartbeat(uptime_ms: u64, legs: Value) -> Frame {
 
 #[tokio::test]
 async fn a_leg_is_known_by_its_token_and_by_nothing_else() {
-    let place = Place::with(hurried).await;
+    let place = Place::with(|setup| {
+        let mut setup = hurried(setup);
+        setup.log_level = "trace".into();
+        setup
+    })
+    .await;
     let right = format!("Bearer {TOKEN}");
     let longer = format!("Bearer {TOKEN}x");
     let posers: [(&str, Vec<(&str, &str)>); 8] = [
