@@ -84,10 +84,10 @@ impl Admin {
             }
         }
         Ok(match self.ledger.newest(user.as_deref(), since, limit) {
-            Ok(records) => (
+            Ok(found) => (
                 StatusCode::OK,
                 "application/json",
-                format!("{:#}\n", serde_json::json!(records)).into(),
+                format!("{:#}\n", serde_json::json!(found.records)).into(),
             ),
             Err(error) => {
                 let text = format!("{}: {error}\n", self.ledger.path.display());

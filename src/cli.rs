@@ -152,7 +152,7 @@ pub fn main() -> ExitCode {
                 json: explain.json,
             };
             let answer = explain::run(explain.conf.as_deref(), &question);
-            report(answer.map_err(|error| error.to_string()))
+            report(answer.map_err(|error| error.to_string()).and_then(print))
         }
         Command::Check(check) => {
             let report = check::run(check.conf.as_deref(), check.pair.as_deref());
@@ -201,6 +201,18 @@ fn replace(file: Option<&Path>) -> Result<(), String> {
     let pid = runtime.block_on(upgrade::ask(&settings.pingora.upgrade_sock))?;
     println!("process {pid} has taken over");
     Ok(())
+}
+
+/// Prints an answer. Whoever reads only its beginning has what they wanted.
+fn print(answer: String) -> Result<(), String> {
+    let mut out = anstream::stdout().lock();
+    let written = out.write_all(answer.as_bytes()).and_then(|()| out.flush());
+    match written {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(format!("cannot print: {error}"))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn report(outcome: Result<(), String>) -> ExitCode {

@@ -1,5 +1,6 @@
 //! `t3-dispatch explain`: from "I was disconnected at 14:05" to an answer, from the ledger alone.
 
+use std::fmt::Write as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -42,7 +43,7 @@ pub enum ExplainError {
     Settings(#[from] ConfigError),
     /// The ledger cannot be read.
     #[error(
-        "{file}: {error}\n  the file is named by dispatch.tunnels.ledger; its group may read it"
+        "{file} cannot be read: {error}\n  it is named by dispatch.tunnels.ledger, and its group may read it"
     )]
     Ledger {
         /// The ledger.
@@ -62,11 +63,19 @@ pub enum ExplainError {
     Nothing(String),
 }
 
-/// Answers on standard output.
+/// A line of the answer.
+macro_rules! say {
+    ($out:expr, $($line:tt)*) => {{
+        // Writing into memory does not fail.
+        let _ = writeln!($out, $($line)*);
+    }};
+}
+
+/// The answer, with the colours of a terminal.
 ///
 /// # Errors
-/// When there is no answer.
-pub fn run(conf: Option<&Path>, question: &Question) -> Result<(), ExplainError> {
+/// When there is none.
+pub fn run(conf: Option<&Path>, question: &Question) -> Result<String, ExplainError> {
     let settings = Settings::load(conf)?.dispatch;
     let ledger = Ledger {
         path: settings.tunnels.ledger.clone(),
@@ -96,13 +105,19 @@ pub fn run(conf: Option<&Path>, question: &Question) -> Result<(), ExplainError>
         return Err(failed(missing()));
     }
     let story = Story::read(&ledger, &settings, question.user.as_deref(), since).map_err(failed)?;
+    if story.unreadable > 0 {
+        let file = ledger.path.display();
+        let count = story.unreadable;
+        eprintln!("t3-dispatch: {file}: {count} lines are no records and were left out");
+    }
     let teller = Teller {
         zone,
         edge: edge_name(&settings.probe.edge_leg),
         settings: &settings,
     };
+    let mut out = String::new();
     match at {
-        None => teller.table(&story, question),
+        None => teller.table(&mut out, &story, question),
         Some((at, text)) => {
             let near = |drop: &&Drop| (drop.record.ended() - at).abs() <= NEAR;
             let chosen = story
@@ -113,10 +128,10 @@ pub fn run(conf: Option<&Path>, question: &Question) -> Result<(), ExplainError>
                 .ok_or_else(|| ExplainError::Nothing(text.clone()))?;
             let others = story.drops.iter().filter(near).count() - 1;
             let timeline = teller.timeline(&ledger, chosen).map_err(failed)?;
-            teller.one(chosen, &timeline, others, question.json);
+            teller.one(&mut out, chosen, &timeline, others, question.json);
         }
     }
-    Ok(())
+    Ok(out)
 }
 
 fn system(at: Millis) -> SystemTime {
@@ -129,7 +144,9 @@ fn read_time(text: &str, now: &Zoned) -> Option<Millis> {
         return Some(at.as_millisecond());
     }
     let zone = now.time_zone().clone();
-    if let Ok(at) = text.parse::<civil::DateTime>() {
+    if let Ok(at) = text.parse::<civil::DateTime>()
+        && text.contains(':')
+    {
         return Some(at.to_zoned(zone).ok()?.timestamp().as_millisecond());
     }
     let time: civil::Time = text.parse().ok()?;
@@ -207,14 +224,22 @@ impl Teller<'_> {
         self.localise(&text, at)
     }
 
-    fn table(&self, story: &Story, question: &Question) {
+    fn table(&self, out: &mut String, story: &Story, question: &Question) {
         if question.json {
             let drops: Vec<Value> = story.drops.iter().map(|drop| self.json(drop)).collect();
-            println!(
+            say!(
+                out,
                 "{:#}",
-                json!({ "drops": drops, "ended_well": story.ended_well })
+                json!({ "drops": drops, "ended_well": story.ended_well, "more": story.is_cut })
             );
             return;
+        }
+        if story.is_cut {
+            say!(
+                out,
+                "Only the newest {} records were looked at: say --since or a user to see others.\n",
+                story.drops.len() + story.ended_well
+            );
         }
         let whose = question.user.as_deref().unwrap_or("everybody");
         let drops: Vec<&Drop> = story
@@ -223,7 +248,8 @@ impl Teller<'_> {
             .filter(|drop| drop.record.opened)
             .collect();
         if story.drops.is_empty() {
-            println!(
+            say!(
+                out,
                 "No drops of {whose}; {} ended well.",
                 ended(story.ended_well)
             );
@@ -277,11 +303,14 @@ impl Teller<'_> {
                     format!("{cell}  ")
                 };
             }
-            anstream::println!("{}", line.trim_end());
+            say!(out, "{}", line.trim_end());
         }
-        println!();
-        println!("{}", self.summary(&drops, story));
-        println!("The story of one: t3-dispatch explain [USER] --at TIME");
+        say!(out, "");
+        say!(out, "{}", self.summary(&drops, story));
+        say!(
+            out,
+            "The story of one: t3-dispatch explain [USER] --at TIME"
+        );
     }
 
     fn summary(&self, drops: &[&Drop], story: &Story) -> String {
@@ -315,7 +344,14 @@ impl Teller<'_> {
         format!("{text}; {} ended well", ended(story.ended_well))
     }
 
-    fn one(&self, drop: &Drop, timeline: &[Happened], others: usize, as_json: bool) {
+    fn one(
+        &self,
+        out: &mut String,
+        drop: &Drop,
+        timeline: &[Happened],
+        others: usize,
+        as_json: bool,
+    ) {
         let record = &drop.record;
         if as_json {
             let timeline: Vec<Value> = timeline
@@ -325,14 +361,16 @@ impl Teller<'_> {
                     json!({ "time": at, "who": one.who, "what": one.what })
                 })
                 .collect();
-            println!(
+            say!(
+                out,
                 "{:#}",
                 json!({ "drop": self.json(drop), "timeline": timeline, "sentence": self.sentence(drop) })
             );
             return;
         }
         let style = colour(drop.verdict.segment);
-        anstream::println!(
+        say!(
+            out,
             "{}, {}: {style}{}{style:#} ({} confidence{})",
             record.user,
             self.local(record.ended(), "%Y-%m-%d %H:%M:%S%.3f %Z"),
@@ -341,32 +379,37 @@ impl Teller<'_> {
             if drop.is_final { "" } else { ", not final" }
         );
         for line in &drop.verdict.evidence {
-            println!("  - {}", self.localise(line, record.ended()));
+            say!(out, "  - {}", self.localise(line, record.ended()));
         }
-        println!(
+        say!(
+            out,
             "\n  from {} over {}, id {}, open for {}",
             record.ip,
             record.chain.join(" → "),
             record.id,
             humantime::format_duration(Duration::from_secs(record.dur_ms / 1000))
         );
-        println!("\nWhat happened around it");
+        say!(out, "\nWhat happened around it");
         let width = timeline
             .iter()
             .map(|one| one.who.chars().count())
             .max()
             .unwrap_or(0);
         for one in timeline {
-            println!(
+            say!(
+                out,
                 "  {}  {:width$}  {}",
                 self.local(one.at, "%H:%M:%S%.3f"),
                 one.who,
                 self.localise(&one.what, record.ended())
             );
         }
-        println!("\nTo send\n  {}", self.sentence(drop));
+        say!(out, "\nTo send\n  {}", self.sentence(drop));
         if others > 0 {
-            println!("\n{others} more within 15 minutes of that time: leave --at out to see them.");
+            say!(
+                out,
+                "\n{others} more within 15 minutes of that time: leave --at out to see them."
+            );
         }
     }
 
@@ -445,12 +488,11 @@ impl Teller<'_> {
                 .and_then(|time| time.parse::<Timestamp>().ok());
             let word = |key: &str| other[key].as_str().unwrap_or("?").to_owned();
             if let Some(at) = at {
-                let what = format!(
-                    "{} of {} ended: {}",
-                    word("id"),
-                    word("user"),
-                    word("cause")
-                );
+                let whose = match word("user") {
+                    user if user == record.user => "of the same person".to_owned(),
+                    user => format!("of {user}"),
+                };
+                let what = format!("{} {whose} ended: {}", word("id"), word("cause"));
                 add(at.as_millisecond(), "others", what);
             }
         }

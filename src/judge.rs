@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use pingora::server::ShutdownWatch;
@@ -11,20 +11,26 @@ use pingora::services::background::BackgroundService;
 
 use crate::config;
 use crate::events;
-use crate::evidence::{self, Event, Follower, Millis};
+use crate::evidence::{self, Conn, Event, Follower, Millis};
 use crate::ledger::Ledger;
 use crate::probe::serve;
 use crate::server::{Phase, phase};
 use crate::table::Instance;
 use crate::tunnel::live::{Record, witnesses};
 use crate::tunnel::{Ender, How};
-use crate::verdict::{self, Around, Leg, Rules, Verdict, Witness, is_talkative};
+use crate::verdict::{self, Around, Leg, Rules, Segment, Verdict, Witness, is_talkative};
 
 /// How often it is looked for windows that have closed, and for what other processes have seen.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// How much longer than its window a drop may wait for legs to come back: a prober tries again after three seconds, then six.
-const FOR_LEGS: Millis = 12_000;
+fn for_legs(rules: &Rules) -> Millis {
+    let watchdog = rules.watchdog.as_millis() as Millis;
+    (watchdog * 3 / 5).clamp(5000, 12_000)
+}
+
+/// How old a record without a verdict may be that a process has left behind which was killed.
+const ORPHANED: Duration = Duration::from_secs(10 * 60);
 
 /// Ends that are remembered, and for how long beyond the window of the last of them.
 const RECENT: usize = 20_000;
@@ -51,10 +57,10 @@ static REPLACED: AtomicBool = AtomicBool::new(false);
 impl Docket {
     /// Forgets the ends that no drop needs any more.
     fn forget(&mut self, now: Millis) {
-        let window = SETTINGS
-            .get()
-            .map_or(0, |(rules, ..)| rules.window().as_millis() as Millis);
-        let old = now - window - FOR_LEGS - REMEMBERED;
+        let kept = SETTINGS.get().map_or(0, |(rules, ..)| {
+            rules.window().as_millis() as Millis + for_legs(rules)
+        });
+        let old = now - kept - REMEMBERED;
         let is_old = |end: &Witness| end.ended.is_some_and(|(at, _)| at < old);
         while self.recent.front().is_some_and(is_old) {
             self.recent.pop_front();
@@ -147,6 +153,7 @@ pub fn last_words() {
 
 /// The background task.
 pub struct Judge {
+    ledger: Ledger,
     follower: tokio::sync::Mutex<Follower>,
 }
 
@@ -160,6 +167,7 @@ impl Judge {
             probe.internal_leg.clone(),
         ));
         Judge {
+            ledger: ledger.clone(),
             follower: Follower::new(ledger.evidence().path).into(),
         }
     }
@@ -174,6 +182,9 @@ impl BackgroundService for Judge {
             evidence::learn(entries.into_iter());
             evidence::take_entrusted();
         }
+        let ledger = self.ledger.clone();
+        let orphans = tokio::task::spawn_blocking(move || orphans(&ledger)).await;
+        docket().waiting.extend(orphans.unwrap_or_default());
         let phase = phase();
         loop {
             tokio::time::sleep(LOOK).await;
@@ -197,30 +208,61 @@ impl BackgroundService for Judge {
             };
             let (wait, due): (Vec<_>, Vec<_>) = due
                 .into_iter()
-                .partition(|(record, due)| now < due + FOR_LEGS && legs_are_away(record));
+                .partition(|(record, due)| may_wait(record, *due, now));
             docket().waiting.extend(wait);
             pronounce(due.iter().map(|(record, _)| record));
         }
     }
 }
 
-/// Whether both legs broke around this end and neither is back, so that more may be known in a moment.
-fn legs_are_away(record: &Record) -> bool {
+/// Whether a leg is there through this connection.
+fn is_connected(conn: &Conn) -> bool {
+    let stalls = conn.stalls.iter().any(|stall| stall.until.is_none());
+    conn.end.is_none() && !conn.left && !stalls
+}
+
+/// Whether a drop whose window has closed is worth waiting for still: its verdict leans on legs that broke and are not back.
+fn may_wait(record: &Record, due: Millis, now: Millis) -> bool {
     let Some((rules, edge, internal)) = SETTINGS.get() else {
         return false;
     };
-    let span =
-        (rules.watchdog + rules.heartbeat).as_millis() as Millis + record.unheard_ms as Millis;
-    [edge, internal].iter().all(|leg| {
+    let watchdog = (rules.watchdog + rules.heartbeat).as_millis() as Millis;
+    let since = record.ended() - watchdog - record.unheard_ms as Millis;
+    let away = |leg: &String| {
         let conns = evidence::conns(leg);
-        conns.last().is_some_and(|last| {
-            let broke = last
-                .end
-                .as_ref()
-                .is_some_and(|end| end.latest >= record.ended() - span);
-            broke && !last.left
-        })
-    })
+        let broke = |conn: &Conn| conn.end.as_ref().is_some_and(|end| end.latest >= since);
+        conns.iter().any(broke) && !conns.iter().any(is_connected)
+    };
+    now < due + for_legs(rules) && away(edge) && away(internal) && {
+        let around = around(record, rules, edge, internal, Arc::new(everybody(rules)));
+        let so_far = verdict::judge(record, &around, rules);
+        matches!(so_far.segment, Segment::Unknown | Segment::Internal)
+    }
+}
+
+/// The drops that a process has left without a verdict which is there no more.
+fn orphans(ledger: &Ledger) -> Vec<(Record, Millis)> {
+    let since = SystemTime::now() - ORPHANED;
+    let found = ledger.newest(None, Some(since), WAITING);
+    let records = found.unwrap_or_default().records;
+    let orphaned = |record: &Record| {
+        // A key begins with a time and the process.
+        let pid = record
+            .key
+            .split('-')
+            .nth(1)
+            .and_then(|pid| pid.parse().ok());
+        let pid = pid.and_then(rustix::process::Pid::from_raw);
+        record.verdict.is_none()
+            && pid.is_some_and(|pid| rustix::process::test_kill_process(pid).is_err())
+    };
+    let now = evidence::now();
+    records
+        .into_iter()
+        .filter_map(|line| serde_json::from_value::<Record>(line).ok())
+        .filter(orphaned)
+        .map(|record| (record, now))
+        .collect()
 }
 
 /// Judges drops and has the verdicts written.
@@ -236,12 +278,18 @@ fn pronounce<'a>(records: impl Iterator<Item = &'a Record>) {
         let verdict = verdict::judge(record, &around, rules);
         let back = others
             .iter()
-            .filter(|other| other.user == record.user && other.opened >= record.ended())
-            .map(|other| other.opened - record.ended())
+            .filter(|other| other.user == record.user && is_later(other, record, rules))
+            .map(|other| (other.opened - record.ended()).max(0))
             .min();
         events::judged(&verdict);
         events::pronounced(record, &verdict, back);
     }
+}
+
+/// Whether somebody's tunnel came after this one. The next one may be there before the last one's end is known.
+fn is_later(other: &Witness, record: &Record, rules: &Rules) -> bool {
+    let asked = record.ended() - record.dur_ms as Millis;
+    other.opened >= record.ended() - rules.slack() && other.opened > asked + 5
 }
 
 /// The tunnels that are open, and those that have ended of late.
@@ -259,14 +307,16 @@ fn around(
     others: Arc<Vec<Witness>>,
 ) -> Around {
     let ended = record.ended();
+    let watchdog = rules.watchdog.as_millis() as Millis;
+    let (lags, pressure) = evidence::host(ended - watchdog, ended);
     let leg = |name: &str| Leg {
         name: name.to_owned(),
         conns: evidence::conns(name),
+        // Where this process stood still, it was not the leg that did not answer.
+        stood: [evidence::stood(name), lags.clone()].concat(),
     };
     let (edge, internal) = (leg(edge), leg(internal));
-    let watchdog = rules.watchdog.as_millis() as Millis;
-    let (lags, pressure) = evidence::host(ended - watchdog, ended);
-    let away = |leg: &Leg| leg.conns.last().is_none_or(|conn| conn.end.is_some());
+    let away = |leg: &Leg| !leg.conns.iter().any(is_connected);
     let opened_since = LAST_OPENED.load(Ordering::Relaxed) > ended + rules.slack();
     Around {
         opened_since: opened_since && away(&edge) && away(&internal),

@@ -126,11 +126,11 @@ impl Ledger {
         user: Option<&str>,
         since: Option<SystemTime>,
         limit: usize,
-    ) -> io::Result<Vec<Value>> {
+    ) -> io::Result<Found> {
         let mut found = Vec::new();
         // A verdict comes later than its record, so it is met first.
         let mut verdicts = HashMap::new();
-        self.read_back(|mut line| {
+        let unreadable = self.read_back(|mut line| {
             if let Some(key) = line["verdict_of"].as_str().map(str::to_owned) {
                 verdicts.insert(key, (line["verdict"].take(), line["back_after_ms"].take()));
                 return ControlFlow::Continue(());
@@ -155,7 +155,10 @@ impl Ledger {
                 ControlFlow::Break(())
             }
         })?;
-        Ok(found)
+        Ok(Found {
+            records: found,
+            unreadable,
+        })
     }
 
     /// The lines between two times, the oldest first.
@@ -176,8 +179,10 @@ impl Ledger {
         Ok(found)
     }
 
-    /// Shows the lines of the file and its predecessor, the last one first, until it is told to stop.
-    fn read_back(&self, mut show: impl FnMut(Value) -> ControlFlow<()>) -> io::Result<()> {
+    /// Shows the lines of the file and its predecessor, the last one first, until it is told to stop. Gives how many lines
+    /// on the way were no JSON.
+    fn read_back(&self, mut show: impl FnMut(Value) -> ControlFlow<()>) -> io::Result<usize> {
+        let mut unreadable = 0;
         for path in [self.path.clone(), predecessor(&self.path)] {
             let mut file = match File::open(&path) {
                 Ok(file) => file,
@@ -204,18 +209,30 @@ impl Ledger {
                 };
                 for line in text[begins..].split(|byte| *byte == b'\n').rev() {
                     // A line that was cut, or is not ours, is no record.
-                    if let Ok(line @ Value::Object(_)) = serde_json::from_slice::<Value>(line)
-                        && show(line).is_break()
-                    {
-                        return Ok(());
+                    match serde_json::from_slice::<Value>(line) {
+                        Ok(line @ Value::Object(_)) => {
+                            if show(line).is_break() {
+                                return Ok(unreadable);
+                            }
+                        }
+                        _ => unreadable += usize::from(!line.is_empty()),
                     }
                 }
                 text.truncate(begins);
                 rest = text;
             }
         }
-        Ok(())
+        Ok(unreadable)
     }
+}
+
+/// What was read of the ledger.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// The records.
+    pub records: Vec<Value>,
+    /// Lines on the way that were none.
+    pub unreadable: usize,
 }
 
 /// How far behind its neighbours a line may stand: processes write side by side, and clocks are set.

@@ -93,8 +93,20 @@ async fn plain(session: &mut Session, status: StatusCode, text: &'static str) ->
 async fn page(session: &mut Session) -> Result<()> {
     let nonce = nonce();
     let body = include_str!("page.html").replace("NONCE", &nonce);
+    // Not every browser takes WebSockets to the own host for 'self'.
+    let host = session
+        .req_header()
+        .headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok())
+        .filter(|host| {
+            host.bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b".:-[]".contains(&byte))
+        })
+        .map(|host| format!(" ws://{host} wss://{host}"))
+        .unwrap_or_default();
     let policy = format!(
-        "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self' ws: wss:; \
+        "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; connect-src 'self'{host}; \
          img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     );
     let mut header = ResponseHeader::build(StatusCode::OK, Some(6))?;

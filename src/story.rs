@@ -1,5 +1,6 @@
 //! A drop as it is told to people: its record with its verdict, in words.
 
+use std::collections::HashMap;
 use std::io;
 use std::time::{Duration, SystemTime};
 
@@ -16,7 +17,7 @@ use crate::verdict::{Confidence, Segment, Verdict};
 const LATE: Duration = Duration::from_secs(15);
 
 /// Most records that are looked through.
-const MOST: usize = 20_000;
+const MOST: usize = 50_000;
 
 /// One WebSocket that ended, and what is said of it.
 #[derive(Debug, Clone)]
@@ -38,6 +39,10 @@ pub struct Story {
     pub drops: Vec<Drop>,
     /// How many ended as they should.
     pub ended_well: usize,
+    /// Lines that were no records.
+    pub unreadable: usize,
+    /// Whether there were more records than are looked through.
+    pub is_cut: bool,
 }
 
 impl Story {
@@ -54,10 +59,15 @@ impl Story {
         let now = SystemTime::now();
         let window = judge::rules(&settings.tunnels).window() + LATE;
         let mut story = Story::default();
-        let mut opened: Vec<(String, Millis)> = Vec::new();
-        for line in ledger.newest(user, Some(since), MOST)? {
+        // The earliest tunnel of each person among those that have been read, which are the newer ones.
+        let mut opened: HashMap<String, Millis> = HashMap::new();
+        let found = ledger.newest(user, Some(since), MOST)?;
+        story.is_cut = found.records.len() >= MOST;
+        story.unreadable = found.unreadable;
+        for line in found.records {
             let back = line["back_after_ms"].as_i64();
             let Ok(mut record) = serde_json::from_value::<Record>(line) else {
+                story.unreadable += 1;
                 continue;
             };
             let ended = record.ended();
@@ -65,14 +75,10 @@ impl Story {
                 Some(verdict) => (verdict, true),
                 None => pending(&record, now, window),
             };
-            // The newer ones have been read before.
-            let came_back = opened
-                .iter()
-                .filter(|(who, at)| *who == record.user && *at >= ended)
-                .map(|(_, at)| at - ended)
-                .min();
+            let later = opened.get(&record.user).filter(|at| **at >= ended);
+            let came_back = later.map(|at| at - ended);
             if record.opened {
-                opened.push((record.user.clone(), ended - record.dur_ms as Millis));
+                opened.insert(record.user.clone(), ended - record.dur_ms as Millis);
             }
             if verdict.segment == Segment::None {
                 story.ended_well += 1;

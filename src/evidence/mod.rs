@@ -80,6 +80,8 @@ pub struct Conn {
     pub opened: Millis,
     /// Up to when it was known to be well, or was at least answered again.
     pub heard: Millis,
+    /// When the prober last said something by itself.
+    pub spoke: Option<Millis>,
     /// Its stalls, the oldest first.
     pub stalls: Vec<Trouble>,
     /// How it ended.
@@ -100,6 +102,7 @@ impl Conn {
             leg: leg.into(),
             opened: at,
             heard: at,
+            spoke: None,
             stalls: Vec::new(),
             end: None,
             left: false,
@@ -192,6 +195,15 @@ pub enum Event {
         /// Why, in the prober's words.
         reason: String,
     },
+    /// The prober itself stood still, so that its legs say nothing about the way.
+    ProberStood {
+        /// The leg that it told it over.
+        leg: String,
+        /// Since when.
+        since: Millis,
+        /// Until when.
+        until: Millis,
+    },
     /// An instance answered.
     InstanceWell {
         /// Its port.
@@ -255,6 +267,7 @@ pub(crate) struct Memory {
     lags: VecDeque<(Millis, Millis)>,
     pressed: VecDeque<(Millis, String, f64)>,
     told: VecDeque<(String, Millis)>,
+    stood: VecDeque<(String, Millis, Millis)>,
     entrusted: Vec<(Record, Millis)>,
 }
 
@@ -301,6 +314,18 @@ pub fn learn(entries: impl Iterator<Item = Entry>) {
 /// The drops that other processes have left to be judged.
 pub fn take_entrusted() -> Vec<(Record, Millis)> {
     std::mem::take(&mut memory().entrusted)
+}
+
+/// A leg's prober has said something by itself.
+pub fn spoke(leg: &str, conn: u64) {
+    memory().conn(std::process::id(), conn, leg, now()).spoke = Some(now());
+}
+
+/// When the prober of a leg stood still.
+pub fn stood(leg: &str) -> Vec<(Millis, Millis)> {
+    let memory = memory();
+    let of_leg = memory.stood.iter().filter(|(name, ..)| name == leg);
+    of_leg.map(|(_, since, until)| (*since, *until)).collect()
 }
 
 /// The connections of a leg.
@@ -399,6 +424,7 @@ impl Memory {
                 }
             }
             Event::LegTold { leg, since, .. } => push(&mut self.told, (leg, since)),
+            Event::ProberStood { leg, since, until } => push(&mut self.stood, (leg, since, until)),
             Event::InstanceWell { port } => {
                 let instance = self.instances.entry(port).or_default();
                 instance.well = Some(at);

@@ -6,9 +6,13 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::host;
 use super::metrics::Metrics;
 use super::reason::{Failure, Reason};
 use super::settings::Leg;
+
+/// How long it is told that this process stood still.
+const REMEMBERED: Duration = Duration::from_secs(60);
 
 /// RTTs that are kept to be shown.
 pub const RTTS: usize = 40;
@@ -35,6 +39,8 @@ pub struct Status {
 /// The state of all legs, in the order of the settings.
 pub struct Board {
     started: Instant,
+    /// When this process last stood still until, and for how long.
+    stood: Mutex<Option<(Instant, Duration)>>,
     legs: Mutex<Vec<Status>>,
     metrics: Metrics,
 }
@@ -48,7 +54,16 @@ struct Heartbeat<'a> {
     uptime_ms: u64,
     rtt_ms: Option<u64>,
     legs: Vec<Told<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stood_still: Option<Stood>,
     pad: String,
+}
+
+/// When this process stood still, and what it then missed says nothing about a path.
+#[derive(Serialize)]
+struct Stood {
+    ago_ms: u64,
+    for_ms: u64,
 }
 
 /// What a heartbeat says of one leg.
@@ -81,6 +96,7 @@ impl Board {
             .collect();
         Board {
             started: now,
+            stood: Mutex::default(),
             legs: Mutex::new(legs),
             metrics,
         }
@@ -153,6 +169,26 @@ impl Board {
         }
     }
 
+    /// Watches whether this process keeps up.
+    pub async fn watch(&self) {
+        loop {
+            let lag = host::lag().await;
+            if lag >= host::STILL {
+                let mut stood = self.stood.lock().unwrap_or_else(PoisonError::into_inner);
+                *stood = Some((Instant::now(), lag));
+            }
+        }
+    }
+
+    fn stood_still(&self) -> Option<Stood> {
+        let stood = *self.stood.lock().unwrap_or_else(PoisonError::into_inner);
+        let (until, lag) = stood.filter(|(until, _)| until.elapsed() < REMEMBERED)?;
+        Some(Stood {
+            ago_ms: millis(until.elapsed()),
+            for_ms: millis(lag),
+        })
+    }
+
     /// The text of a heartbeat of the leg at `place`.
     pub fn heartbeat(&self, place: usize, seq: u64, every: Duration) -> String {
         let legs = self.legs();
@@ -172,6 +208,7 @@ impl Board {
                     reason: leg.went_down.map(|reason| reason.to_string()),
                 })
                 .collect(),
+            stood_still: self.stood_still(),
             pad: String::new(),
         };
         // Names, numbers and labels can be written in any case.

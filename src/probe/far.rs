@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use http::HeaderMap;
@@ -26,6 +27,22 @@ const MOST: usize = 32;
 
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 
+/// Names that legs may have in one process's life: each has series of its own.
+const NAMES: usize = 16;
+
+fn is_known_or_new(name: &str) -> bool {
+    static KNOWN: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if known.iter().any(|one| one == name) {
+        return true;
+    }
+    let room = known.len() < NAMES;
+    if room {
+        known.push(name.to_owned());
+    }
+    room
+}
+
 /// The leg that a request names and proves to be.
 pub fn leg(query: Option<&str>, headers: &HeaderMap, settings: &Probe) -> Option<String> {
     let token = settings.token.as_ref()?;
@@ -40,7 +57,8 @@ pub fn leg(query: Option<&str>, headers: &HeaderMap, settings: &Probe) -> Option
     let named = query?
         .split('&')
         .find_map(|pair| pair.strip_prefix("leg="))?;
-    crate::config::section::leg_name(named.to_owned()).ok()
+    let name = crate::config::section::leg_name(named.to_owned()).ok()?;
+    is_known_or_new(&name).then_some(name)
 }
 
 /// What a prober says in each heartbeat.
@@ -52,6 +70,15 @@ struct Heartbeat {
     rtt_ms: Option<f64>,
     #[serde(default)]
     legs: Vec<Told>,
+    #[serde(default)]
+    stood_still: Option<Stood>,
+}
+
+/// When the prober itself stood still.
+#[derive(Debug, Deserialize)]
+struct Stood {
+    ago_ms: i64,
+    for_ms: i64,
 }
 
 /// What it says of one of its legs.
@@ -230,6 +257,10 @@ impl Far {
             return;
         };
         let now = evidence::now();
+        evidence::spoke(&self.leg, self.conn);
+        if let Some(stood) = heartbeat.stood_still {
+            self.stood(now, &stood);
+        }
         self.heartbeat = Duration::from_millis(heartbeat.heartbeat_ms.clamp(100, 60_000));
         self.ping = (self.heartbeat / 5)
             .clamp(PING_LEAST, PING)
@@ -262,6 +293,20 @@ impl Far {
         }
         for told in heartbeat.legs {
             self.told(now, told);
+        }
+    }
+
+    /// The prober has told that it stood still, which it repeats for a while.
+    fn stood(&self, now: Millis, stood: &Stood) {
+        let until = now - stood.ago_ms.max(0);
+        let since = until - stood.for_ms.max(0);
+        let mut known = evidence::stood(&self.leg).into_iter();
+        if !known.any(|(_, then)| (then - until).abs() < 1000) {
+            evidence::record(Event::ProberStood {
+                leg: self.leg.clone(),
+                since,
+                until,
+            });
         }
     }
 

@@ -13,7 +13,7 @@ use crate::evidence::{self, Event, Millis};
 const LOOK: Duration = Duration::from_millis(100);
 
 /// A loop that is later than that has stood still.
-const STILL: Duration = Duration::from_millis(250);
+pub const STILL: Duration = Duration::from_millis(250);
 
 /// How many looks the gauge looks back over, which is also how often the pressure is read.
 const LOOKS: usize = 100;
@@ -38,14 +38,19 @@ fn uptime() -> Duration {
     )
 }
 
+/// By how much the event loop is late, found in a tenth of a second.
+pub async fn lag() -> Duration {
+    let before = uptime();
+    tokio::time::sleep(LOOK).await;
+    uptime().saturating_sub(before).saturating_sub(LOOK)
+}
+
 async fn look() {
     let mut lags = VecDeque::with_capacity(LOOKS);
     let mut pressures = ["cpu", "io", "memory"].map(Pressure::new);
     let mut looks = 0;
     loop {
-        let before = uptime();
-        tokio::time::sleep(LOOK).await;
-        let lag = uptime().saturating_sub(before).saturating_sub(LOOK);
+        let lag = lag().await;
         if lag >= STILL {
             let since = evidence::now() - lag.as_millis() as Millis;
             evidence::record(Event::Lagged { since });

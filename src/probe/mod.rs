@@ -108,6 +108,8 @@ async fn hold(settings: Settings, show: Show) -> Result<(), ProbeError> {
         signal(SignalKind::hangup())?,
     ];
     tokio::spawn(metrics::serve(listener, board.clone()));
+    let watched = board.clone();
+    tokio::spawn(async move { watched.watch().await });
     log::info!(
         "probing version={} legs={} listen={}",
         env!("CARGO_PKG_VERSION"),

@@ -339,6 +339,7 @@ pub struct Record {
     /// When it ended, RFC 3339 in UTC.
     pub time: String,
     /// What its verdict names it by.
+    #[serde(default)]
     pub key: String,
     /// Who had it.
     pub user: String,

@@ -1,7 +1,7 @@
 //! When the way to a client broke, as far as its tunnel tells, and what a leg says of that moment.
 
 use super::{Leg, Rules, closed_gap, millis, speaks};
-use crate::evidence::{Conn, Kind, Millis};
+use crate::evidence::{Conn, Kind, Millis, Trouble};
 use crate::tunnel::How;
 use crate::tunnel::live::Record;
 
@@ -70,6 +70,10 @@ pub(super) fn find_break(record: &Record, rules: &Rules) -> Break {
 /// What a leg says of the break.
 pub(super) fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rules: &Rules) -> Says {
     let (end, start) = (record.ended(), record.ended() - record.dur_ms as Millis);
+    let since = break_.from.min(end - rules.watchdog());
+    if leg.conns.iter().any(|conn| is_well(conn, since, break_.to)) {
+        return Says::Clean;
+    }
     let mut unclear = None;
     for (position, conn) in leg.conns.iter().enumerate() {
         for trouble in conn.troubles() {
@@ -77,9 +81,18 @@ pub(super) fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rule
             let until = trouble.until.or_else(|| back.min()).unwrap_or(now);
             let lasted = until - trouble.earliest;
             let told = format!("the leg {} {}", leg.name, trouble.what);
-            if conn.is_excused() {
+            let stood_still = leg
+                .stood
+                .iter()
+                .any(|(from, to)| trouble.earliest <= to + rules.slack() && until >= *from);
+            if conn.is_excused() || stood_still {
                 if trouble.earliest <= break_.to && until >= break_.from {
-                    unclear = Some(format!("{told}, because the prober was restarted"));
+                    let why = if stood_still {
+                        "while one of its ends stood still"
+                    } else {
+                        "because the prober was restarted"
+                    };
+                    unclear = Some(format!("{told}, {why}"));
                 }
                 continue;
             }
@@ -94,9 +107,11 @@ pub(super) fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rule
                 (Kind::Cut, _) => began_then,
                 // A stall that is over before any client would give up has ended nothing.
                 (Kind::Stall, true) => began_then && lasted >= rules.watchdog() / 2,
-                // Ended in the open after a stall: the client has given up what it did not hear.
+                // Ended in the open after a stall: the client has given up what it did not hear. Then the other direction
+                // works, and the prober is heard as well as the client.
                 (Kind::Stall, false) => {
-                    as_long_as_a_watchdog
+                    conn.spoke.is_some_and(|at| at > trouble.latest)
+                        && as_long_as_a_watchdog
                         && still_on
                         && (began_with_it && trouble.earliest >= start - rules.slack()
                             || short_life && trouble.earliest <= start)
@@ -122,6 +137,14 @@ pub(super) fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rule
         }
         None => Says::Unclear(format!("the leg {} was not connected then", leg.name)),
     }
+}
+
+/// Whether this one connection was well all the time. With two probers one may hang while the other is well.
+fn is_well(conn: &Conn, from: Millis, to: Millis) -> bool {
+    let touches = |trouble: &Trouble| {
+        trouble.earliest <= to && trouble.until.is_none_or(|until| until >= from)
+    };
+    conn.opened <= from && conn.heard >= to && !conn.troubles().any(touches)
 }
 
 /// Whether the connections together were heard all through the break. One that was moved may leave a small hole.

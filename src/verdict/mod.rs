@@ -179,6 +179,8 @@ pub struct Leg {
     pub name: String,
     /// Its connections, the oldest first.
     pub conns: Vec<Conn>,
+    /// When one of its ends stood still: from, to.
+    pub stood: Vec<(Millis, Millis)>,
 }
 
 /// Another person's tunnel.
@@ -242,7 +244,9 @@ pub fn at_once(record: &Record, rules: &Rules) -> Option<Verdict> {
 
 /// Whether the tunnel itself shows that its client may have given up rather than left.
 fn gave_up(record: &Record, rules: &Rules) -> bool {
-    hangs(record, rules) || closed_gap(record, rules).is_some() && record.code != Some(1001)
+    hangs(record, rules)
+        || record.code != Some(1001)
+            && (!ordinary(record.code) || closed_gap(record, rules).is_some())
 }
 
 /// A code with which either side may end a WebSocket that is not needed any more.
@@ -287,18 +291,37 @@ fn hangs(record: &Record, rules: &Rules) -> bool {
     let just_now = record
         .hang
         .is_some_and(|hang| hang.ago_ms as Millis <= rules.slack() && over(Some(hang.length_ms)));
+    // A client that is not answered goes on asking; one that falls silent itself is cut off.
+    let silent = closed_gap(record, rules).map_or(0, |(from, to)| to - from);
+    let silent = silent.max(record.unheard_ms as Millis);
+    let asks = silent <= rules.heartbeat() * 3 / 2 + rules.slack();
     just_now
         || over(record.instance.untaken_ms)
         // What the instance answered may be waiting here for a client that takes nothing.
-        || over(record.unanswered_ms) && untaken_by_client < record.unanswered_ms.unwrap_or(0) / 2
+        || over(record.unanswered_ms)
+            && asks
+            && untaken_by_client < record.unanswered_ms.unwrap_or(0) / 2
 }
 
 /// The client's long silence before the end, if it may be why it ended.
 fn closed_gap(record: &Record, rules: &Rules) -> Option<(Millis, Millis)> {
     let gap = record.gap?;
-    let to = record.ended() - gap.ago_ms as Millis;
-    let recent = gap.ago_ms as Millis <= rules.watchdog() + rules.heartbeat();
-    (recent && speaks(record, rules)).then_some((to - gap.length_ms as Millis, to))
+    let (length, ago) = (gap.length_ms as Millis, gap.ago_ms as Millis);
+    let to = record.ended() - ago;
+    // What a client has borne is over, unless everything comes late, its goodbye as well.
+    let late = length >= rules.watchdog() && ago <= rules.watchdog() + rules.heartbeat();
+    let is_why = ago <= rules.slack() || late;
+    (is_why && speaks(record, rules)).then_some((to - length, to))
+}
+
+/// Whether the person had another tunnel right after this one.
+fn came_back(record: &Record, around: &Around, rules: &Rules) -> bool {
+    let end = record.ended();
+    around.others.iter().any(|other| {
+        other.user == record.user
+            && other.ip == record.ip
+            && (end..=end + rules.watchdog()).contains(&other.opened)
+    })
 }
 
 /// Whether the client spoke regularly, so that its silence means something.
@@ -346,27 +369,29 @@ pub fn judge(record: &Record, around: &Around, rules: &Rules) -> Verdict {
     );
     let broke = edge.broke().or(internal.broke());
     // A client that gives up says goodbye as one that leaves does; then the way has to show it, or its own long silence.
-    let gave_up = closed_gap(record, rules).is_some_and(|(from, to)| {
-        broke.is_some() || to - from >= rules.watchdog() || record.ended() - to <= rules.slack()
-    });
+    // A code of its own is what a page gives up with; then it comes back at once.
+    let gave_up = closed_gap(record, rules).is_some()
+        || !ordinary(record.code) && (broke.is_some() || came_back(record, around, rules));
     // Where only what we send is lost, nothing but the legs shows it. A tab that is closed has no watchdog.
     let one_way = broke == Some(Kind::Stall) && !break_.silent;
     if is_close && (!gave_up && !one_way || record.code == Some(1001)) {
         return ordinary_end(record);
     }
+    let waited = record.unanswered_ms.unwrap_or(0) as Millis;
     if let Some(trouble) = trouble_at(&around.instance, break_.from, record.ended(), rules)
-        && record.unanswered_ms.unwrap_or(0) as Millis >= rules.heartbeat()
+        && waited >= rules.heartbeat()
         && broke.is_none()
     {
         return verdict(
-            Segment::Serve,
-            Confidence::Medium,
+            Segment::Unknown,
+            Confidence::Low,
             vec![
-                format!(
-                    "a message of the client's had waited {} for the instance",
-                    seconds(record.unanswered_ms.unwrap_or(0) as Millis)
-                ),
+                weigh::how_it_ended(record, &break_),
                 format!("the instance {}", trouble.what),
+                format!(
+                    "a message of the client's had waited {} for the instance, which is less than a client waits",
+                    seconds(waited)
+                ),
             ],
         );
     }
@@ -412,16 +437,15 @@ fn never_opened(record: &Record, around: &Around, rules: &Rules) -> Verdict {
     verdict(Segment::Serve, Confidence::Medium, evidence)
 }
 
-/// Convicts this service if it stood still for long enough to make a client give up.
+/// Convicts this service if it stood still for so long that clients gave up, which it then found out.
 fn we_stalled(record: &Record, around: &Around, rules: &Rules) -> Option<Verdict> {
-    let end = record.ended();
-    let since = end - rules.watchdog() - rules.heartbeat() - rules.slack();
-    let (from, to) = *around.lags.iter().find(|(from, to)| {
-        to - from >= rules.watchdog() / 2 && *to >= since && *from <= end + rules.slack()
-    })?;
     if matches!(record.how, Some(How::Close)) && record.code == Some(1001) {
         return None;
     }
+    let end = record.ended();
+    let (from, to) = *around.lags.iter().find(|(from, to)| {
+        to - from >= millis(rules.gap()) && *from <= end && end - to <= rules.slack()
+    })?;
     let mut evidence = vec![format!(
         "this service stood still for {} from {}",
         seconds(to - from),

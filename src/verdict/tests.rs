@@ -83,6 +83,7 @@ fn leg(name: &str, stalls: Vec<Trouble>, end: Option<Millis>) -> Leg {
     let mut conn = Conn::of(name, END - 3_600_000);
     conn.heard = END + end.unwrap_or(30_000);
     conn.stalls = stalls;
+    conn.spoke = Some(conn.heard);
     conn.end = end.map(|at| trouble(Kind::Cut, at, None));
     let mut conns = vec![conn];
     if let Some(at) = end {
@@ -93,6 +94,7 @@ fn leg(name: &str, stalls: Vec<Trouble>, end: Option<Millis>) -> Leg {
     Leg {
         name: name.into(),
         conns,
+        stood: vec![],
     }
 }
 
@@ -161,7 +163,6 @@ fn what_is_plain_needs_no_legs() {
         (closed(1000), NOBODY),
         (closed(1001), NOBODY),
         (closed(1005), NOBODY),
-        (closed(4000), NOBODY),
         (ended(Ender::Instance, How::Fin, None), Serve),
         (ended(Ender::Instance, How::Rst, None), Serve),
         (ended(Ender::Instance, How::Timeout, None), Serve),
@@ -186,6 +187,62 @@ fn what_is_plain_needs_no_legs() {
     }
 }
 
+/// A page gives up with a code of its own, and comes back.
+#[test]
+fn a_private_code_is_a_drop_if_the_client_comes_back() {
+    assert_eq!(at_once(&closed(4000), &rules()), None);
+    is(&closed(4000), &clean(), NOBODY);
+    let mut back = witness("alice", 5000, None);
+    (back.opened, back.ip) = (END + 3000, "203.0.113.1".into());
+    is(&closed(4000), &with(clean(), vec![back.clone()]), LastMile);
+    is(&closed(1000), &with(clean(), vec![back.clone()]), NOBODY);
+    is(&closed(1001), &with(clean(), vec![back.clone()]), NOBODY);
+    back.opened = END + 60_000;
+    is(&closed(4000), &with(clean(), vec![back]), NOBODY);
+    is(
+        &closed(4000),
+        &around(broken("cloudflare"), well("internal")),
+        Edge,
+    );
+}
+
+/// With two probers one may hang while the other is well.
+#[test]
+fn a_leg_that_another_prober_holds_well_is_clean() {
+    let mut both = stalled("cloudflare", -19_000);
+    both.conns.extend(well("cloudflare").conns);
+    is(&cut(), &around(both, well("internal")), LastMile);
+}
+
+/// What a client has borne is not why its tunnel ended later.
+#[test]
+fn a_silence_that_was_over_colours_nothing() {
+    let mut record = cut();
+    record.gap = Some(GapRecord {
+        length_ms: 18_000,
+        ago_ms: 12_000,
+    });
+    let stall = trouble(Kind::Stall, -30_000, Some(-12_000));
+    let healed = || {
+        around(
+            leg("cloudflare", vec![stall.clone()], None),
+            well("internal"),
+        )
+    };
+    is(&record, &healed(), LastMile);
+    record.how = Some(How::Close);
+    record.code = Some(1000);
+    is(&record, &healed(), NOBODY);
+    // Nor has anybody broken off who had the same silence and is there still.
+    let mut bob = witness("bob", 20_000, None);
+    bob.gap = Some((END - 30_000, END - 12_000));
+    let verdict = is(&silent(47_000), &with(clean(), vec![bob]), LastMile);
+    assert!(
+        !verdict.evidence.join(" ").contains("broke off"),
+        "{verdict:?}"
+    );
+}
+
 #[test]
 fn an_instance_that_closes_in_order_is_at_fault_only_if_it_restarts() {
     let record = ended(Ender::Instance, How::Close, Some(1000));
@@ -205,6 +262,7 @@ fn legs_tell_where_a_cut_was() {
     let none = || Leg {
         name: "cloudflare".into(),
         conns: vec![],
+        stood: vec![],
     };
     for (around, segment) in [
         (around(cloudflare(), internal()), LastMile),
@@ -308,6 +366,10 @@ fn a_goodbye_while_a_leg_has_stalled_for_as_long_as_a_client_waits() {
     let edge = || around(stalled("cloudflare", -19_000), well("internal"));
     is(&closed(1000), &edge(), Edge);
     is(&cut(), &edge(), Edge);
+    // The prober is not heard either, and the client is: it is the prober that hangs.
+    let mut deaf = edge();
+    deaf.edge.conns[0].spoke = Some(END - 25_000);
+    is(&cut(), &deaf, Unknown);
     is(&closed(1001), &edge(), NOBODY);
     let internal = around(stalled("cloudflare", -19_000), stalled("internal", -19_000));
     is(&closed(1000), &internal, Internal);
@@ -355,12 +417,28 @@ fn an_instance_that_does_not_answer_is_at_fault() {
     is(&record, &Around::default(), Serve);
     record.unanswered_ms = Some(9000);
     is(&record, &clean(), NOBODY);
+    // The client fell silent itself: what it said last is not what it was cut off from.
+    let mut sink = cut();
+    (sink.unanswered_ms, sink.unheard_ms) = (Some(20_000), 20_000);
+    is(&sink, &clean(), LastMile);
     // A client without a heartbeat may not have wanted an answer.
     let mut quiet = closed(1000);
     quiet.unanswered_ms = Some(600_000);
     quiet.client.messages = 3;
     is(&quiet, &clean(), NOBODY);
     is(&quiet, &hanging, Serve);
+    // The same, and what it said before its silence came late.
+    let mut sink = cut();
+    sink.unanswered_ms = Some(20_000);
+    sink.gap = Some(GapRecord {
+        length_ms: 20_000,
+        ago_ms: 10,
+    });
+    is(&sink, &clean(), LastMile);
+    // Slow, but not for as long as a client waits.
+    let mut slow = cut();
+    slow.unanswered_ms = Some(9000);
+    is(&slow, &hanging, Unknown);
     // The client takes nothing, so that the answers wait here.
     let mut record = cut();
     record.unanswered_ms = Some(18_000);
@@ -469,6 +547,9 @@ fn we_are_at_fault_if_we_stood_still() {
     is(&cut(), &around, Dispatch);
     is(&silent(20_500), &around, Dispatch);
     is(&closed(1001), &around, NOBODY);
+    // What ends a while later has another reason.
+    around.lags = vec![(END - 30_000, END - 10_000)];
+    is(&cut(), &around, LastMile);
     // Too short to make anybody give up, or long over.
     around.lags = vec![(END - 3000, END - 100)];
     is(&cut(), &around, LastMile);
@@ -533,6 +614,7 @@ fn a_prober_that_was_restarted_is_no_witness() {
     let leg = |name: &str| Leg {
         name: name.into(),
         conns: memory.conns_of(name),
+        stood: vec![],
     };
     let around = around(leg("cloudflare"), leg("internal"));
     let verdict = is(&cut(), &around, Unknown);
@@ -543,6 +625,19 @@ fn a_prober_that_was_restarted_is_no_witness() {
             .unwrap()
             .contains("the prober was restarted")
     );
+}
+
+/// What it misses while it stands still says nothing about the way.
+#[test]
+fn a_prober_that_stood_still_is_no_witness() {
+    let (edge, internal) = (stalled("cloudflare", -46_000), stalled("internal", -46_000));
+    let mut around = around(edge, internal);
+    is(&silent(47_000), &around, Internal);
+    around.edge.stood = vec![(END - 45_500, END - 21_000)];
+    around.internal.stood = around.edge.stood.clone();
+    let verdict = is(&silent(47_000), &around, Unknown);
+    let last = verdict.evidence.last().unwrap();
+    assert!(last.contains("while one of its ends stood still"), "{last}");
 }
 
 /// A leg that is moved to a new process has a small hole in what is known of it, and no trouble.
@@ -556,6 +651,7 @@ fn a_leg_that_is_moved_stays_clean() {
         Leg {
             name: name.into(),
             conns: vec![old, new],
+            stood: vec![],
         }
     };
     is(

@@ -30,7 +30,7 @@ pub(super) fn weigh(
     if lived > 0 {
         evidence.push(format!("{} stayed connected", people(lived)));
     }
-    let clean = |leg: &Leg| format!("the leg {} was clean", leg.name);
+    let clean = |leg: &Leg| format!("the leg {} was clean at that moment", leg.name);
     let unknown = |mut evidence: Vec<String>, why: String| {
         evidence.push(why);
         verdict(Segment::Unknown, Confidence::Low, evidence)
@@ -79,7 +79,7 @@ pub(super) fn weigh(
         }
         (Says::Clean, Says::Clean) => {
             evidence.push(format!(
-                "the legs {} and {} were clean",
+                "the legs {} and {} were clean at that moment",
                 around.edge.name, around.internal.name
             ));
             let elsewhere = fell.iter().any(|ip| *ip != record.ip);
@@ -141,6 +141,14 @@ fn company<'a>(
         let gap_then = other
             .gap
             .is_some_and(|(from, _)| from >= break_.from - rules.heartbeat() && from <= break_.to);
+        // Who had the same silence and has borne it neither fell nor says that nothing was.
+        let gap_then = gap_then && {
+            let fell_later = other.ended.is_some_and(|(_, badly)| badly);
+            if !fell_later {
+                continue;
+            }
+            true
+        };
         let ended_then = other.ended.is_some_and(|(at, badly)| {
             badly && (at - record.ended()).abs() <= slack.max(rules.heartbeat() / 2)
         });
@@ -159,7 +167,7 @@ fn company<'a>(
     (fell.into_iter().map(|(_, ip)| ip).collect(), lived.len())
 }
 
-fn how_it_ended(record: &Record, break_: &Break) -> String {
+pub(super) fn how_it_ended(record: &Record, break_: &Break) -> String {
     let end = clock(record.ended());
     let ended = match record.how {
         Some(How::Close) => format!("the client closed it at {end}"),

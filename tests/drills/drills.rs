@@ -82,6 +82,16 @@ enum What {
     ProberOnly,
     /// Everybody reloads the page.
     Reloads,
+    /// The prober has stood still for a while, and then the edge resets everybody.
+    ProberStandsThenEdge,
+    /// The prober has stood still for a while, and then two last miles are reset.
+    ProberStandsThenLastMiles,
+    /// The edge stalls for less than a client waits, and a while later somebody goes, in good order.
+    HealedThenGoodbye,
+    /// The edge stalls for less than a client waits, and a while later a last mile is reset.
+    HealedThenLastMile,
+    /// The dispatcher stands still for less than a client waits, and a while later a last mile is reset.
+    DispatchHealedThenLastMile,
 }
 
 /// A drill.
@@ -149,6 +159,11 @@ impl Drill {
         }
         for what in [
             What::ServeAndLastMile,
+            What::ProberStandsThenEdge,
+            What::ProberStandsThenLastMiles,
+            What::HealedThenGoodbye,
+            What::HealedThenLastMile,
+            What::DispatchHealedThenLastMile,
             What::Office(Way::Cut),
             What::Office(Way::Freeze),
             What::Everybody(Way::Cut),
@@ -377,6 +392,54 @@ impl Drill {
                 lab.signal_prober(Signal::CONT).await;
                 lab.wait_until_well().await;
                 HashMap::new()
+            }
+            What::ProberStandsThenEdge => {
+                lab.signal_prober(Signal::STOP).await;
+                tokio::time::sleep(WATCHDOG * 4 / 5).await;
+                lab.edge.break_(Way::Reset);
+                lost(lab, 0..self.people).await;
+                tokio::time::sleep(WATCHDOG).await;
+                lab.signal_prober(Signal::CONT).await;
+                lab.wait_until_well().await;
+                everybody(&["edge", "unknown"])
+            }
+            What::ProberStandsThenLastMiles => {
+                lab.signal_prober(Signal::STOP).await;
+                tokio::time::sleep(WATCHDOG * 4 / 5).await;
+                lab.people[0].last_mile.break_(Way::Reset);
+                lab.people[1].last_mile.break_(Way::Reset);
+                lost(lab, 0..2).await;
+                tokio::time::sleep(WATCHDOG).await;
+                lab.signal_prober(Signal::CONT).await;
+                lab.wait_until_well().await;
+                let right: &[_] = &["last_mile", "unknown"];
+                HashMap::from([("alice", right), ("bob", right)])
+            }
+            What::HealedThenGoodbye | What::HealedThenLastMile => {
+                lab.edge.break_(Way::Freeze);
+                tokio::time::sleep(WATCHDOG * 7 / 10).await;
+                lab.edge.mend();
+                tokio::time::sleep(WATCHDOG * 2 / 5).await;
+                if self.what == What::HealedThenGoodbye {
+                    lab.people[0].does(Does::Finish);
+                    ended(lab, 1).await;
+                    alice(right("none"))
+                } else {
+                    lab.people[0].last_mile.break_(Way::Reset);
+                    lost(lab, 0..1).await;
+                    lab.wait_until_well().await;
+                    alice(right("last_mile"))
+                }
+            }
+            What::DispatchHealedThenLastMile => {
+                lab.dispatcher.signal(Signal::STOP);
+                tokio::time::sleep(WATCHDOG * 7 / 10).await;
+                lab.dispatcher.signal(Signal::CONT);
+                tokio::time::sleep(WATCHDOG / 2).await;
+                lab.people[0].last_mile.break_(Way::Reset);
+                lost(lab, 0..1).await;
+                lab.wait_until_well().await;
+                alice(right("last_mile"))
             }
             What::Reloads => {
                 for person in &lab.people {
