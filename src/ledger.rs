@@ -130,6 +130,7 @@ impl Ledger {
         let mut found = Vec::new();
         // A verdict comes later than its record, so it is met first.
         let mut verdicts = HashMap::new();
+        let mut timeless = 0;
         let unreadable = self.read_back(|mut line| {
             if let Some(key) = line["verdict_of"].as_str().map(str::to_owned) {
                 verdicts.insert(key, (line["verdict"].take(), line["back_after_ms"].take()));
@@ -141,6 +142,7 @@ impl Ledger {
                 line["back_after_ms"] = back;
             }
             let at = time(&line);
+            timeless += usize::from(since.is_some() && at.is_none());
             if since.is_some_and(|since| at.is_some_and(|at| at + OUT_OF_ORDER < since)) {
                 return ControlFlow::Break(());
             }
@@ -157,7 +159,7 @@ impl Ledger {
         })?;
         Ok(Found {
             records: found,
-            unreadable,
+            unreadable: unreadable + timeless,
         })
     }
 

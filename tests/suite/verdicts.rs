@@ -537,3 +537,90 @@ async fn everybody_sees_their_own_drops_and_nobody_elses() {
         .await;
     assert!(other.text().contains("authenticated"), "{}", other.text());
 }
+
+/// A process that is killed while the evidence is coming in leaves the drop to the next one.
+#[tokio::test]
+async fn what_a_killed_process_has_left_is_judged_by_the_next() {
+    let mut place = Place::with(hurried).await;
+    let (client, instance) = place.tunnel("alice").await;
+    reset(client);
+    crate::common::raw::rest(&mut { instance }).await;
+    let records = place.dispatcher.wait_for_records(1).await;
+    assert!(records[0]["verdict"].is_null());
+    place.dispatcher.signal(Signal::KILL);
+    place.dispatcher.exited().await;
+    let file = place.dispatcher.base.join("t3-dispatch.yaml");
+    let mut next = program().args(["serve", "-c"]).arg(file).spawn().unwrap();
+    wait_for("the verdict", async || {
+        !place.dispatcher.records()[0]["verdict"].is_null()
+    })
+    .await;
+    let records = place.dispatcher.records();
+    assert_eq!(records[0]["verdict"]["segment"], "unknown");
+    let verdicts = "t3dispatch_tunnel_verdicts_total{segment=\"unknown\"}";
+    assert_eq!(place.dispatcher.metric(verdicts).await, 1.0);
+    next.kill().unwrap();
+    next.wait().unwrap();
+}
+
+/// Each name has series of its own, so there are only so many, even for those who have the token.
+#[tokio::test]
+async fn legs_have_only_so_many_names() {
+    let place = Place::with(hurried).await;
+    let bearer = format!("Bearer {TOKEN}");
+    let mut known = 0;
+    for number in 0..20 {
+        let target = format!("/probe/ws?leg=leg-{number}");
+        let (_stream, head) = leg(&place, &target, &[("Authorization", &bearer)]).await;
+        known += usize::from(head.get("x-t3-leg").is_some());
+    }
+    assert_eq!(known, 16);
+}
+
+/// The answer goes down a pipe that nobody reads to its end, to a disk that is full, and comes from a file that is not all
+/// a ledger.
+#[tokio::test]
+async fn explain_bears_what_a_shell_does_to_it() {
+    let mut place = Place::with(hurried).await;
+    let (client, instance) = place.tunnel("alice").await;
+    reset(instance);
+    crate::common::raw::rest(&mut { client }).await;
+    place.dispatcher.wait_for_records(1).await;
+    let ledger = place.dispatcher.base.join("closes.jsonl");
+    let line = std::fs::read_to_string(&ledger).unwrap();
+    std::fs::write(
+        &ledger,
+        format!("rubbish\n{}\n{{\"user\":\"alice\"}}\n", line.repeat(2000)),
+    )
+    .unwrap();
+    let shell = |script: &str| {
+        let output = std::process::Command::new("sh")
+            .args(["-c", script])
+            .env("PROGRAM", program().get_program())
+            .env("FILE", place.dispatcher.base.join("t3-dispatch.yaml"))
+            .output()
+            .unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (
+            output.status.code(),
+            text(output.stdout),
+            text(output.stderr),
+        )
+    };
+    let (_, said, complaint) = shell("\"$PROGRAM\" explain -c \"$FILE\" | head -n 1");
+    assert!(said.starts_with("time "), "{said}");
+    assert!(complaint.contains("2 lines are no records"), "{complaint}");
+    assert!(!complaint.contains("panicked"), "{complaint}");
+    let (code, _, complaint) = shell("\"$PROGRAM\" explain -c \"$FILE\" > /dev/full");
+    assert_eq!(code, Some(1));
+    assert!(
+        complaint.contains("cannot print: No space left"),
+        "{complaint}"
+    );
+    let (code, _, complaint) = shell("\"$PROGRAM\" explain --at 2026-01-02 -c \"$FILE\"");
+    assert_eq!(code, Some(1));
+    assert!(
+        complaint.contains("--at 2026-01-02: write a time"),
+        "{complaint}"
+    );
+}
