@@ -18,7 +18,7 @@ use crate::server::{Phase, phase};
 use crate::table::Instance;
 use crate::tunnel::live::{Record, witnesses};
 use crate::tunnel::{Ender, How};
-use crate::verdict::{self, Around, Leg, Rules, Segment, Verdict, Witness, is_talkative};
+use crate::verdict::{self, Around, Leg, Rules, Verdict, Witness, is_talkative};
 
 /// How often it is looked for windows that have closed, and for what other processes have seen.
 const LOOK: Duration = Duration::from_millis(100);
@@ -154,6 +154,7 @@ pub fn last_words() {
 /// The background task.
 pub struct Judge {
     ledger: Ledger,
+    started: Millis,
     follower: tokio::sync::Mutex<Follower>,
 }
 
@@ -168,6 +169,7 @@ impl Judge {
         ));
         Judge {
             ledger: ledger.clone(),
+            started: evidence::now(),
             follower: Follower::new(ledger.evidence().path).into(),
         }
     }
@@ -183,7 +185,8 @@ impl BackgroundService for Judge {
             evidence::take_entrusted();
         }
         let ledger = self.ledger.clone();
-        let orphans = tokio::task::spawn_blocking(move || orphans(&ledger)).await;
+        let started = self.started;
+        let orphans = tokio::task::spawn_blocking(move || orphans(&ledger, started)).await;
         docket().waiting.extend(orphans.unwrap_or_default());
         let phase = phase();
         loop {
@@ -206,9 +209,13 @@ impl BackgroundService for Judge {
                 docket.waiting = waiting.into();
                 due
             };
-            let (wait, due): (Vec<_>, Vec<_>) = due
-                .into_iter()
-                .partition(|(record, due)| may_wait(record, *due, now));
+            let away = if due.is_empty() { None } else { legs_away() };
+            let (wait, due): (Vec<_>, Vec<_>) = due.into_iter().partition(|(record, due)| {
+                let wait = |(away, (rules, ..)): (Millis, &(Rules, _, _))| {
+                    may_wait(record, *due, now, away, rules)
+                };
+                away.zip(SETTINGS.get()).is_some_and(wait)
+            });
             docket().waiting.extend(wait);
             pronounce(due.iter().map(|(record, _)| record));
         }
@@ -221,27 +228,30 @@ fn is_connected(conn: &Conn) -> bool {
     conn.end.is_none() && !conn.left && !stalls
 }
 
-/// Whether a drop whose window has closed is worth waiting for still: its verdict leans on legs that broke and are not back.
-fn may_wait(record: &Record, due: Millis, now: Millis) -> bool {
-    let Some((rules, edge, internal)) = SETTINGS.get() else {
-        return false;
-    };
-    let watchdog = (rules.watchdog + rules.heartbeat).as_millis() as Millis;
-    let since = record.ended() - watchdog - record.unheard_ms as Millis;
+/// Since when both legs have been away, if they are: then a drop of that time is worth waiting for, because their return
+/// tells more.
+fn legs_away() -> Option<Millis> {
+    let (_, edge, internal) = SETTINGS.get()?;
     let away = |leg: &String| {
         let conns = evidence::conns(leg);
-        let broke = |conn: &Conn| conn.end.as_ref().is_some_and(|end| end.latest >= since);
-        conns.iter().any(broke) && !conns.iter().any(is_connected)
+        let ends = conns.iter().filter_map(|conn| conn.end.as_ref());
+        let since = ends.map(|end| end.latest).max();
+        since.filter(|_| !conns.iter().any(is_connected))
     };
-    now < due + for_legs(rules) && away(edge) && away(internal) && {
-        let around = around(record, rules, edge, internal, Arc::new(everybody(rules)));
-        let so_far = verdict::judge(record, &around, rules);
-        matches!(so_far.segment, Segment::Unknown | Segment::Internal)
-    }
+    Some(away(edge)?.min(away(internal)?))
+}
+
+/// Whether the verdict on a drop whose window has closed leans on legs that have been away since then.
+fn may_wait(record: &Record, due: Millis, now: Millis, away: Millis, rules: &Rules) -> bool {
+    let watchdog = (rules.watchdog + rules.heartbeat).as_millis() as Millis;
+    record.opened
+        && record.ended_by == Some(Ender::Client)
+        && now < due + for_legs(rules)
+        && away >= record.ended() - watchdog - record.unheard_ms as Millis
 }
 
 /// The drops that a process has left without a verdict which is there no more.
-fn orphans(ledger: &Ledger) -> Vec<(Record, Millis)> {
+fn orphans(ledger: &Ledger, started: Millis) -> Vec<(Record, Millis)> {
     let since = SystemTime::now() - ORPHANED;
     let found = ledger.newest(None, Some(since), WAITING);
     let records = found.unwrap_or_default().records;
@@ -253,8 +263,11 @@ fn orphans(ledger: &Ledger) -> Vec<(Record, Millis)> {
             .nth(1)
             .and_then(|pid| pid.parse().ok());
         let pid = pid.and_then(rustix::process::Pid::from_raw);
-        record.verdict.is_none()
-            && pid.is_some_and(|pid| rustix::process::test_kill_process(pid).is_err())
+        let is_gone = |pid| {
+            // In a container, the process before this one may have had the same number.
+            pid == rustix::process::getpid() || rustix::process::test_kill_process(pid).is_err()
+        };
+        record.verdict.is_none() && record.ended() < started && pid.is_some_and(is_gone)
     };
     let now = evidence::now();
     records

@@ -60,26 +60,13 @@ impl Way {
         Way::LoseUp,
         Way::LoseDown,
     ];
-}
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Mode {
-    Pass,
-    Blackhole,
-    Freeze,
-    Delay,
-    Throttle,
-    LoseUp,
-    LoseDown,
-}
-
-impl Mode {
     /// Whether what goes in a direction is lost.
     fn loses(self, up: bool) -> bool {
         match self {
-            Mode::Blackhole => true,
-            Mode::LoseUp => up,
-            Mode::LoseDown => !up,
+            Way::Blackhole => true,
+            Way::LoseUp => up,
+            Way::LoseDown => !up,
             _ => false,
         }
     }
@@ -88,7 +75,8 @@ impl Mode {
 /// What a relay does now, and how often it has cut and reset its connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Orders {
-    mode: Mode,
+    /// The way in which it is broken for as long as it is.
+    mode: Option<Way>,
     cuts: u32,
     resets: u32,
 }
@@ -112,7 +100,7 @@ impl Relay {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (orders, watched) = watch::channel(Orders {
-            mode: Mode::Pass,
+            mode: None,
             cuts: 0,
             resets: 0,
         });
@@ -132,22 +120,20 @@ impl Relay {
         self.orders.send_modify(|orders| match way {
             Way::Cut => orders.cuts += 1,
             Way::Reset => orders.resets += 1,
-            Way::Blackhole => orders.mode = Mode::Blackhole,
-            Way::Freeze => orders.mode = Mode::Freeze,
-            Way::Delay => orders.mode = Mode::Delay,
-            Way::Throttle => orders.mode = Mode::Throttle,
-            Way::LoseUp => orders.mode = Mode::LoseUp,
-            Way::LoseDown => orders.mode = Mode::LoseDown,
+            way => orders.mode = Some(way),
         });
     }
 
     /// All is well again. Connections that have lost bytes cannot go on.
     pub fn mend(&self) {
         self.orders.send_modify(|orders| {
-            if orders.mode.loses(true) || orders.mode.loses(false) {
+            if orders
+                .mode
+                .is_some_and(|way| way.loses(true) || way.loses(false))
+            {
                 orders.cuts += 1;
             }
-            orders.mode = Mode::Pass;
+            orders.mode = None;
         });
     }
 }
@@ -230,11 +216,11 @@ async fn pass(
                 while !left.is_empty() {
                     let mode = orders.borrow_and_update().mode;
                     let step = match mode {
-                        Mode::Throttle => {
+                        Some(Way::Throttle) => {
                             let _ = timeout(NARROW, orders.changed()).await;
                             1
                         }
-                        Mode::Freeze => {
+                        Some(Way::Freeze) => {
                             if orders.changed().await.is_err() {
                                 return;
                             }
@@ -257,7 +243,7 @@ async fn pass(
     let mut buffer = vec![0; 16 * 1024];
     loop {
         let mode = orders.borrow_and_update().mode;
-        if mode == Mode::Freeze {
+        if mode == Some(Way::Freeze) {
             if orders.changed().await.is_err() {
                 return;
             }
@@ -272,17 +258,17 @@ async fn pass(
         };
         let Ok(count @ 1..) = read else {
             // In a black hole an end is lost as well.
-            let lost = orders.borrow().mode.loses(up);
+            let lost = orders.borrow().mode.is_some_and(|way| way.loses(up));
             if lost {
                 std::future::pending::<()>().await;
             }
             break;
         };
         let mode = orders.borrow().mode;
-        if mode.loses(up) {
+        if mode.is_some_and(|way| way.loses(up)) {
             continue;
         }
-        let wait = if mode == Mode::Delay {
+        let wait = if mode == Some(Way::Delay) {
             LATER
         } else {
             Duration::ZERO
@@ -299,7 +285,7 @@ async fn pass(
 }
 
 fn is_narrow(orders: &watch::Receiver<Orders>) -> bool {
-    orders.borrow().mode == Mode::Throttle
+    orders.borrow().mode == Some(Way::Throttle)
 }
 
 /// A person with a browser: a WebSocket that comes back when it is lost.

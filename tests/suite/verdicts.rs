@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 use crate::common::dispatcher::{Setup, program, wait_for};
 use crate::common::frames::{CLOSE, Frame, PING, PONG};
 use crate::common::http::{self, Client, Head};
-use crate::common::raw::{MASK, reset, say};
+use crate::common::raw::{MASK, reset, rest, say};
 use crate::tunnels::Place;
 use crate::world::World;
 
@@ -62,6 +62,18 @@ async fn answer(leg: &mut TcpStream, pings: usize) {
             .await
             .unwrap();
     }
+}
+
+/// A WebSocket of this person's that `side`'s reset ended.
+async fn drop_one(place: &mut Place, user: &str, client_resets: bool) {
+    let (client, instance) = place.tunnel(user).await;
+    let (goes, mut stays) = if client_resets {
+        (client, instance)
+    } else {
+        (instance, client)
+    };
+    reset(goes);
+    rest(&mut stays).await;
 }
 
 fn heartbeat(uptime_ms: u64, legs: Value) -> Frame {
@@ -287,9 +299,7 @@ async fn a_plain_end_is_judged_at_once() {
     Frame::close(1001).write(&mut client, MASK).await.unwrap();
     Frame::read(&mut instance).await.unwrap();
     drop((client, instance));
-    let (client, instance) = place.tunnel("bob").await;
-    reset(instance);
-    crate::common::raw::rest(&mut { client }).await;
+    drop_one(&mut place, "bob", false).await;
     place.dispatcher.wait_for_records(2).await;
     let text = std::fs::read_to_string(place.dispatcher.base.join("closes.jsonl")).unwrap();
     let lines: Vec<Value> = text
@@ -319,12 +329,10 @@ async fn a_plain_end_is_judged_at_once() {
 #[tokio::test]
 async fn drops_are_explained_also_with_the_dispatcher_down() {
     let mut place = Place::with(hurried).await;
-    let (client, instance) = place.tunnel("alice").await;
-    reset(client);
-    crate::common::raw::rest(&mut { instance }).await;
+    drop_one(&mut place, "alice", true).await;
     let (bobs, instance) = place.tunnel("bob").await;
     drop(instance);
-    crate::common::raw::rest(&mut { bobs }).await;
+    rest(&mut { bobs }).await;
     place.dispatcher.wait_for_records(2).await;
     let file = place.dispatcher.base.join("t3-dispatch.yaml");
     let explain = |words: &[&str]| {
@@ -449,9 +457,7 @@ async fn standing_still_is_noticed() {
 async fn everybody_sees_their_own_drops_and_nobody_elses() {
     let mut place = Place::with(hurried).await;
     for user in ["alice", "alice", "bob"] {
-        let (client, instance) = place.tunnel(user).await;
-        reset(instance);
-        crate::common::raw::rest(&mut { client }).await;
+        drop_one(&mut place, user, false).await;
     }
     place.dispatcher.wait_for_records(3).await;
     let page = place.dispatcher.get("alice", "/.t3-dispatch/", &[]).await;
@@ -542,9 +548,7 @@ async fn everybody_sees_their_own_drops_and_nobody_elses() {
 #[tokio::test]
 async fn what_a_killed_process_has_left_is_judged_by_the_next() {
     let mut place = Place::with(hurried).await;
-    let (client, instance) = place.tunnel("alice").await;
-    reset(client);
-    crate::common::raw::rest(&mut { instance }).await;
+    drop_one(&mut place, "alice", true).await;
     let records = place.dispatcher.wait_for_records(1).await;
     assert!(records[0]["verdict"].is_null());
     place.dispatcher.signal(Signal::KILL);
@@ -582,9 +586,7 @@ async fn legs_have_only_so_many_names() {
 #[tokio::test]
 async fn explain_bears_what_a_shell_does_to_it() {
     let mut place = Place::with(hurried).await;
-    let (client, instance) = place.tunnel("alice").await;
-    reset(instance);
-    crate::common::raw::rest(&mut { client }).await;
+    drop_one(&mut place, "alice", false).await;
     place.dispatcher.wait_for_records(1).await;
     let ledger = place.dispatcher.base.join("closes.jsonl");
     let line = std::fs::read_to_string(&ledger).unwrap();
