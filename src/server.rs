@@ -273,8 +273,8 @@ impl BackgroundService for Revoker {
     }
 }
 
-/// Cookies and credentials pass through this process: no core dump and no other process of the same user may read them.
-fn keep_secrets() {
+/// Secrets pass through this process: no core dump and no other process of the same user may read them.
+pub fn keep_secrets() {
     use rustix::process::{DumpableBehavior, set_dumpable_behavior};
     // An old kernel may refuse; the service is of use all the same.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);

@@ -70,6 +70,7 @@ pub enum Show {
 /// # Errors
 /// When it cannot start.
 pub fn run(settings: Settings, show: Show) -> Result<(), ProbeError> {
+    crate::server::keep_secrets();
     let runtime = runtime()?;
     let outcome = runtime.block_on(hold(settings, show));
     // A look-up of the system's cannot be called off, and is not waited for.
