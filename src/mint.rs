@@ -93,12 +93,20 @@ async fn ask(path: &Path, limit: Duration, os_user: &str) -> Result<BytesMut, Mi
             ))
         };
         let line = format!("{os_user}\n");
-        // A mint that refuses may have answered and closed before it has read this; then its answer says why.
-        let written = stream.write_all(line.as_bytes()).await;
+        // A mint that refuses may have answered and closed before it has read this. What it has said still counts.
+        let mut fault = stream.write_all(line.as_bytes()).await.err();
         let mut output = BytesMut::new();
-        while stream.read_buf(&mut output).await.map_err(broken)? > 0 {
-            if output.len() > OUTPUT_LIMIT {
-                return Err(MintError::Unparseable("more than 64 KiB"));
+        loop {
+            match stream.read_buf(&mut output).await {
+                Ok(0) => break,
+                Ok(_) if output.len() > OUTPUT_LIMIT => {
+                    return Err(MintError::Unparseable("more than 64 KiB"));
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    fault.get_or_insert(error);
+                    break;
+                }
             }
         }
         match last_line(&output) {
@@ -112,7 +120,7 @@ async fn ask(path: &Path, limit: Duration, os_user: &str) -> Result<BytesMut, Mi
             Some((_, status)) => Err(failed(format!(
                 "answered exit status {status}: `journalctl -t t3-mint` tells why"
             ))),
-            None => Err(written.err().map_or_else(
+            None => Err(fault.map_or_else(
                 || failed("broke off before the end: `journalctl -t t3-mint` may tell why".into()),
                 broken,
             )),

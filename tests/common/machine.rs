@@ -6,7 +6,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::sync::Mutex;
 
 use tempfile::TempDir;
 
@@ -39,6 +39,8 @@ exec env -u B -u DISPATCH PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin "$@"
 pub struct Machine {
     base: TempDir,
     log: UnixDatagram,
+    /// What came in at it. It is emptied after each run, or sudo would wait for ever to tell what it did.
+    lines: Mutex<Vec<String>>,
 }
 
 impl Machine {
@@ -51,9 +53,12 @@ impl Machine {
         let base = TempDir::new().unwrap();
         open(base.path());
         let log = UnixDatagram::bind(base.path().join("log")).unwrap();
-        log.set_read_timeout(Some(Duration::from_millis(200)))
-            .unwrap();
-        let machine = Machine { base, log };
+        log.set_nonblocking(true).unwrap();
+        let machine = Machine {
+            base,
+            log,
+            lines: Mutex::default(),
+        };
         for folder in [
             "dev",
             "programs",
@@ -101,11 +106,9 @@ impl Machine {
             "etc/sudoers.d/t3-dispatch",
             include_str!("../../packaging/sudoers.d/t3-dispatch"),
         );
-        fs::set_permissions(
-            machine.path("etc/sudoers.d/t3-dispatch"),
-            Permissions::from_mode(0o440),
-        )
-        .unwrap();
+        for file in ["etc/sudoers", "etc/sudoers.d/t3-dispatch"] {
+            fs::set_permissions(machine.path(file), Permissions::from_mode(0o440)).unwrap();
+        }
         machine.file("local/t3-dispatch", "");
         fs::copy(env!("CARGO_BIN_EXE_t3-mint"), machine.path("local/t3-mint")).unwrap();
         for (name, uid) in [("alice", ALICE), ("bob", ALICE + 1)] {
@@ -161,7 +164,9 @@ impl Machine {
 
     /// Runs a command line.
     pub fn run(&self, line: &[&str]) -> Told {
-        Told::from(self.enter().args(line).output().unwrap())
+        let told = Told::from(self.enter().args(line).output().unwrap());
+        self.empty_log();
+        told
     }
 
     /// Runs `t3-mint` as root.
@@ -174,14 +179,18 @@ impl Machine {
         self.mint(&["alice"]).status
     }
 
+    fn empty_log(&self) {
+        let mut buffer = [0; 4096];
+        while let Ok(size) = self.log.recv(&mut buffer) {
+            let line = String::from_utf8_lossy(&buffer[..size]).into_owned();
+            self.lines.lock().unwrap().push(line);
+        }
+    }
+
     /// What has come in at `/dev/log` since the last time.
     pub fn logged(&self) -> Vec<String> {
-        let mut buffer = [0; 4096];
-        let mut lines = Vec::new();
-        while let Ok(size) = self.log.recv(&mut buffer) {
-            lines.push(String::from_utf8_lossy(&buffer[..size]).into_owned());
-        }
-        lines
+        self.empty_log();
+        std::mem::take(&mut self.lines.lock().unwrap())
     }
 }
 

@@ -5,7 +5,15 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::time::{Duration, Instant};
 
-use crate::common::machine::{ALICE, Machine, SERVICE};
+use std::os::unix::net::UnixListener;
+use std::process::Stdio;
+
+use serde_json::json;
+
+use crate::common::dispatcher::Setup;
+use crate::common::instance::{Instance, Version};
+use crate::common::machine::{ALICE, Machine, SERVICE, Told};
+use crate::common::mint;
 
 /// A `t3` that works, for the questions that end before it.
 const T3: &str = "echo '{\"credential\": \"a-secret\"}'";
@@ -214,7 +222,8 @@ fn files_that_only_root_can_have_written() {
 }
 
 /// Notes about the process that `t3` is, as `KEY VALUE` lines.
-const NOTES: &str = r#"{
+const NOTES: &str = r#"out=$(readlink /proc/$$/fd/1)
+{
   grep -E '^(Uid|Gid|Groups|NoNewPrivs|SigIgn|SigBlk|CapEff|CapPrm|CapBnd|CapAmb):' /proc/$$/status | tr '\t' ' '
   cut -d' ' -f6 /proc/$$/stat | sed 's/^/session: /'
   echo "self: $$"
@@ -222,15 +231,15 @@ const NOTES: &str = r#"{
   echo "cwd: $(readlink /proc/$$/cwd)"
   echo "args: $*"
   echo "stdin: $(readlink /proc/$$/fd/0)"
-  echo "stdout: $(readlink /proc/$$/fd/1)"
+  echo "stdout: $out"
   echo "fds: $(cd /proc/$$/fd; echo *)"
   echo "environment: $(tr '\0' '\n' < /proc/$$/environ | sort | tr '\n' ' ')"
-} > ~/notes 2>&9"#;
+} > ~/notes"#;
 
 #[test]
 fn t3_runs_as_the_user_and_nothing_but_the_user() {
     let machine = Machine::new();
-    machine.t3("t3", &NOTES.replace(" 2>&9", ""));
+    machine.t3("t3", NOTES);
     let notes = || -> HashMap<String, String> {
         let text = fs::read_to_string(machine.path("home/alice/notes")).unwrap();
         let lines = text.lines().filter_map(|line| line.split_once(':'));
@@ -258,7 +267,9 @@ fn t3_runs_as_the_user_and_nothing_but_the_user() {
         assert_eq!(said(capabilities), "0000000000000000");
     }
     assert_eq!(said("NoNewPrivs"), "1");
-    assert_eq!(said("SigIgn"), "0000000000000000");
+    // But for 32 and 33, which are the C library's own.
+    let ignored = u64::from_str_radix(said("SigIgn"), 16).unwrap();
+    assert_eq!(ignored & !(3 << 31), 0);
     assert_eq!(said("SigBlk"), "0000000000000000");
     assert_eq!(said("session"), said("self"));
     assert_eq!(said("umask"), "0077");
@@ -268,14 +279,16 @@ fn t3_runs_as_the_user_and_nothing_but_the_user() {
         format!("auth pairing create --base-dir {home}/.t3 --ttl 5m --json")
     );
     assert_eq!(said("stdin"), "/dev/null");
-    // 10 is the shell's own, for the script.
-    let mut fds: Vec<&str> = said("fds").split(' ').collect();
-    fds.retain(|fd| *fd != "10");
-    assert_eq!(fds[..3], ["0", "1", "2"]);
-    assert!(
-        fds[3..].iter().all(|fd| !["5", "7", "99"].contains(fd)),
-        "{fds:?}"
-    );
+    // 10 and 11 are the shell's own, for the script and for what it redirects.
+    let mut fds: Vec<u32> = said("fds")
+        .split(' ')
+        .map(|fd| fd.parse().unwrap())
+        .collect();
+    fds.sort_unstable();
+    fds.retain(|fd| ![10, 11].contains(fd));
+    // The listing has one of its own, which it closed.
+    assert!(fds.starts_with(&[0, 1, 2]) && fds.len() <= 4, "{fds:?}");
+    assert!(![5, 7, 99].iter().any(|fd| fds.contains(fd)), "{fds:?}");
     assert_eq!(
         said("environment"),
         format!("HOME={home} LANG=C.UTF-8 PATH=/usr/local/bin:/usr/bin:/bin USER=alice")
@@ -521,4 +534,204 @@ fn sudo_lets_the_service_user_mint_and_nothing_else() {
         "{}",
         may.out
     );
+}
+
+/// Does what systemd does for `t3-mint.socket`: a process for each connection, which is its standard input and output.
+fn serve_socket(machine: &Machine) -> std::path::PathBuf {
+    let path = machine.path("mint.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
+    let mut mint = machine.enter();
+    mint.args(["t3-mint", "--socket"]).stderr(Stdio::null());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let stream = std::os::fd::OwnedFd::from(stream.unwrap());
+            mint.stdin(stream.try_clone().unwrap()).stdout(stream);
+            let mut child = mint.spawn().unwrap();
+            // What the connection is to this process must not keep it open.
+            mint.stdin(Stdio::null()).stdout(Stdio::null());
+            child.wait().unwrap();
+        }
+    });
+    path
+}
+
+/// A machine with an instance of alice's, whose credentials her `t3` makes, and a dispatcher that is the service user's.
+async fn place(machine: &Machine) -> (Instance, Setup) {
+    let base = machine.path("service");
+    machine.folder("service");
+    chown(&base, Some(SERVICE), Some(SERVICE)).unwrap();
+    let home = mint::home(&base, "alice");
+    let alice = Instance::start(&home, Version::V0_0_33).await;
+    chown(home.join("credentials"), Some(ALICE), Some(ALICE)).unwrap();
+    machine.t3(
+        "t3",
+        &format!("base='{}'\nuser=$USER\n{}", base.display(), mint::MINT),
+    );
+    let id = SERVICE.to_string();
+    let setup = Setup::new(&base, Vec::new()).user("alice", "alice", alice.port());
+    let mut through = machine.enter();
+    through.args([
+        "setpriv",
+        "--reuid",
+        &id,
+        "--regid",
+        &id,
+        "--clear-groups",
+        "t3-dispatch",
+    ]);
+    (alice, setup.through(through))
+}
+
+/// `t3-dispatch check --pair alice`, as `uid`.
+fn check(machine: &Machine, setup: &Setup, uid: u32) -> Told {
+    let id = uid.to_string();
+    let file = setup.write().display().to_string();
+    machine.run(&[
+        "setpriv",
+        "--reuid",
+        &id,
+        "--regid",
+        &id,
+        "--clear-groups",
+        "t3-dispatch",
+        "check",
+        "--pair",
+        "alice",
+        "-c",
+        &file,
+    ])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dispatcher_pairs_by_sudo() {
+    let machine = Machine::new();
+    let (_alice, setup) = place(&machine).await;
+    let setup = setup.set(
+        "pairing.mint",
+        json!(["sudo", "-n", "/usr/local/bin/t3-mint"]),
+    );
+    let told = check(&machine, &setup, SERVICE);
+    assert_eq!(told.status, 0, "{told:?}");
+    let dispatcher = setup.start().await;
+    assert_eq!(dispatcher.navigate("alice", "").await.status, 302);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dispatcher_pairs_at_the_socket() {
+    let machine = Machine::new();
+    let (_alice, mut setup) = place(&machine).await;
+    let socket = machine.path("mint.sock").display().to_string();
+    setup.dispatch["pairing"] = json!({ "mint_socket": socket });
+    let told = check(&machine, &setup, SERVICE);
+    assert_eq!(told.status, 1);
+    let absent = format!("{socket}: No such file or directory (os error 2)");
+    assert!(told.out.contains(&absent), "{told:?}");
+    assert!(
+        told.out.contains("(dispatch.pairing.mint_socket)"),
+        "{told:?}"
+    );
+
+    serve_socket(&machine);
+    let told = check(&machine, &setup, SERVICE);
+    assert_eq!(told.status, 0, "{told:?}");
+    assert!(told.out.contains(&format!("socket {socket}")), "{told:?}");
+    // Nobody else is minted for there, root included.
+    for uid in [0, ALICE] {
+        let told = check(&machine, &setup, uid);
+        assert_eq!(told.status, 1);
+        assert!(
+            told.out.contains("for somebody else than `service_user`"),
+            "{told:?}"
+        );
+        let refused = format!("refused exit=5 uid {uid} on the socket is not t3-dispatch");
+        assert!(machine.logged().concat().contains(&refused));
+    }
+    machine.file("etc/t3-serve/mint.json", r#"{"service_user": "alice"}"#);
+    assert_eq!(check(&machine, &setup, ALICE).status, 0);
+    assert_eq!(check(&machine, &setup, SERVICE).status, 1);
+    machine.file("etc/t3-serve/mint.json", "{}");
+    machine.file("etc/ttyd-user-map", "");
+    let told = check(&machine, &setup, SERVICE);
+    assert!(
+        told.out
+            .contains("answered exit status 3: `journalctl -t t3-mint`"),
+        "{told:?}"
+    );
+    machine.file("etc/ttyd-user-map", "a=alice");
+
+    let dispatcher = setup.start().await;
+    let ready = crate::common::http::request(dispatcher.admin(), "GET", "/readyz", &[], b"").await;
+    assert_eq!(ready.unwrap().status, 200);
+    assert_eq!(dispatcher.navigate("alice", "").await.status, 302);
+    fs::remove_file(&socket).unwrap();
+    let ready = crate::common::http::request(dispatcher.admin(), "GET", "/readyz", &[], b"").await;
+    let ready = ready.unwrap();
+    assert_eq!(ready.status, 503);
+    assert!(
+        ready
+            .text()
+            .contains("mint (dispatch.pairing.mint_socket): ")
+    );
+}
+
+/// What is said on a connection that is cut short, never ends, or says too much.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_was_cut_short_counts_for_nothing() {
+    use std::io::{BufRead, BufReader, Write};
+    let base = tempfile::TempDir::new().unwrap();
+    let (home, path) = (
+        mint::home(base.path(), "alice"),
+        base.path().join("mint.sock"),
+    );
+    let alice = Instance::start(&home, Version::V0_0_33).await;
+    let listener = UnixListener::bind(&path).unwrap();
+    let (say, said) = std::sync::mpsc::channel::<(String, Duration)>();
+    std::thread::spawn(move || {
+        for (answer, hold) in said {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut asked = String::new();
+            BufReader::new(&stream).read_line(&mut asked).unwrap();
+            assert_eq!(asked, "alice\n");
+            let _ = stream.write_all(answer.as_bytes());
+            std::thread::sleep(hold);
+        }
+    });
+    let mut setup = Setup::new(base.path(), Vec::new()).user("alice", "alice", alice.port());
+    setup.dispatch["pairing"] =
+        json!({ "mint_socket": path, "mint_timeout": "1s", "per_user_per_minute": 100 });
+    let dispatcher = setup.start().await;
+    let credential = "{\"credential\": \"c1\"}";
+    let at_once = Duration::ZERO;
+    for (answer, hold, code) in [
+        (String::new(), at_once, "mint-failed"),
+        (credential.to_owned(), at_once, "mint-failed"),
+        (format!("{credential}\nexit 0"), at_once, "mint-failed"),
+        (format!("{credential}\nexit 1\n"), at_once, "mint-failed"),
+        (
+            format!("{credential}\nexit 0\n"),
+            Duration::from_secs(2),
+            "mint-failed",
+        ),
+        ("\nexit 0\n".into(), at_once, "mint-unparseable"),
+        (
+            format!("{}\nexit 0\n", "x".repeat(70_000)),
+            at_once,
+            "mint-unparseable",
+        ),
+    ] {
+        say.send((answer.clone(), hold)).unwrap();
+        let reply = dispatcher.navigate("alice", "").await;
+        assert_eq!(reply.get("x-t3-dispatch-error"), Some(code), "{answer:.40}");
+    }
+    fs::write(home.join("credentials/c1"), "").unwrap();
+    say.send((format!("{credential}\nexit 0\n"), at_once))
+        .unwrap();
+    assert_eq!(dispatcher.navigate("alice", "").await.status, 302);
+    let log = dispatcher.log();
+    assert!(
+        log.contains("broke off before the end") && log.contains("took more than 1s"),
+        "{log}"
+    );
+    assert!(!log.contains("c1\""));
 }
