@@ -7,7 +7,6 @@ pub mod frames;
 pub mod http;
 pub mod instance;
 pub mod lab;
-pub mod machine;
 pub mod mint;
 pub mod prober;
 pub mod raw;

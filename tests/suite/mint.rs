@@ -12,8 +12,8 @@ use serde_json::json;
 
 use crate::common::dispatcher::Setup;
 use crate::common::instance::{Instance, Version};
-use crate::common::machine::{ALICE, Machine, SERVICE, Told};
 use crate::common::mint;
+use crate::machine::{ALICE, Machine, SERVICE, Told};
 
 /// A `t3` that works, for the questions that end before it.
 const T3: &str = "echo '{\"credential\": \"a-secret\"}'";
