@@ -694,7 +694,11 @@ async fn an_answer_that_was_cut_short_counts_for_nothing() {
             BufReader::new(&stream).read_line(&mut asked).unwrap();
             assert_eq!(asked, "alice\n");
             let _ = stream.write_all(answer.as_bytes());
-            std::thread::sleep(hold);
+            // Held by another thread, so that the next one is answered meanwhile.
+            std::thread::spawn(move || {
+                std::thread::sleep(hold);
+                drop(stream);
+            });
         }
     });
     let mut setup = Setup::new(base.path(), Vec::new()).user("alice", "alice", alice.port());
