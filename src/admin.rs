@@ -8,6 +8,7 @@ use http::{Response, StatusCode, header};
 use pingora::apps::http_app::ServeHttp;
 use pingora::protocols::http::ServerSession;
 
+use crate::config::Mint;
 use crate::events;
 use crate::ledger::Ledger;
 use crate::mint::mint_fault;
@@ -22,13 +23,13 @@ type Reply = (StatusCode, &'static str, Vec<u8>);
 
 /// Answers the operator. Having been made means that the table is loaded: the service does not start without one.
 pub struct Admin {
-    mint: Vec<String>,
+    mint: Mint,
     ledger: Ledger,
 }
 
 impl Admin {
-    /// Readiness depends on `mint` being executable; `/closes` reads `ledger`.
-    pub fn new(mint: Vec<String>, ledger: Ledger) -> Admin {
+    /// Readiness depends on what can be told of `mint` without minting; `/closes` reads `ledger`.
+    pub fn new(mint: Mint, ledger: Ledger) -> Admin {
         Admin { mint, ledger }
     }
 
@@ -42,7 +43,7 @@ impl Admin {
             "/readyz" => match mint_fault(&self.mint) {
                 None => (StatusCode::OK, TEXT, b"ready\n".into()),
                 Some(fault) => {
-                    let text = format!("mint command (dispatch.pairing.mint): {fault}\n");
+                    let text = format!("mint ({}): {fault}\n", self.mint.key());
                     (StatusCode::SERVICE_UNAVAILABLE, TEXT, text.into())
                 }
             },

@@ -118,12 +118,12 @@ pub fn run(conf: Option<&Path>, user: Option<&str>) -> Report {
         report.add("settings", Err(warning));
     }
     let dispatch = settings.dispatch;
-    let command = dispatch.pairing.mint.join(" ");
+    let way = &dispatch.pairing.mint;
     report.add(
         "mint",
-        match mint_fault(&dispatch.pairing.mint) {
-            None => Ok(command),
-            Some(fault) => Err(format!("{fault} (dispatch.pairing.mint)")),
+        match mint_fault(way) {
+            None => Ok(way.to_string()),
+            Some(fault) => Err(format!("{fault} ({})", way.key())),
         },
     );
     let file = dispatch.table.display().to_string();

@@ -23,9 +23,9 @@ pub enum Refusal {
     AmbiguousIdentity(HeaderName),
     /// Nobody is named, or the table has no such name.
     UnknownUser,
-    /// The mint command failed or took too long.
+    /// The mint failed or took too long.
     MintFailed,
-    /// The mint command printed something else than a credential.
+    /// The mint printed something else than a credential.
     MintUnparseable,
     /// No pairing endpoint of the instance could be reached.
     BootstrapFailed,

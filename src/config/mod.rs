@@ -5,6 +5,7 @@
 
 pub(crate) mod section;
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -74,9 +75,9 @@ pub struct Session {
 /// The section `dispatch.pairing`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pairing {
-    /// Command that mints a credential; the OS user is appended as its last argument.
-    pub mint: Vec<String>,
-    /// Longest run of that command.
+    /// What mints a credential.
+    pub mint: Mint,
+    /// How long that may take.
     pub mint_timeout: Duration,
     /// Paths on the instance that take a credential, the preferred one first.
     pub endpoints: Vec<String>,
@@ -86,6 +87,34 @@ pub struct Pairing {
     pub max_concurrent: usize,
     /// Pairings that one user may have in a minute.
     pub per_user_per_minute: usize,
+}
+
+/// The keys `dispatch.pairing.mint` and `dispatch.pairing.mint_socket`, of which one holds.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Mint {
+    /// A command; the OS user is appended as its last argument.
+    Command(Vec<String>),
+    /// A socket behind which `t3-mint --socket` is started for each connection.
+    Socket(PathBuf),
+}
+
+impl Mint {
+    /// The path of the key that says so.
+    pub fn key(&self) -> &'static str {
+        match self {
+            Mint::Command(_) => "dispatch.pairing.mint",
+            Mint::Socket(_) => "dispatch.pairing.mint_socket",
+        }
+    }
+}
+
+impl fmt::Display for Mint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Mint::Command(command) => f.write_str(&command.join(" ")),
+            Mint::Socket(path) => write!(f, "socket {}", path.display()),
+        }
+    }
 }
 
 /// The section `dispatch.tunnels`.
@@ -190,18 +219,27 @@ impl Dispatch {
             },
             pairing: {
                 let mut section = section.section("pairing");
+                let command_written = section.is_written("mint");
+                let command = section.take(
+                    "mint",
+                    ["sudo", "-n", "/usr/local/bin/t3-mint"],
+                    |argv: Vec<String>| {
+                        filled(
+                            argv,
+                            |argv| argv.first().is_none_or(String::is_empty),
+                            "a program and its arguments",
+                        )
+                    },
+                );
+                let socket = section.take("mint_socket", None::<()>, |path: Option<PathBuf>| {
+                    path.map(|path| filled(path, |path| !path.is_absolute(), "a path from / on"))
+                        .transpose()
+                });
+                if command_written && socket.is_some() {
+                    section.fault("mint_socket", "stands beside mint: write one of the two");
+                }
                 let pairing = Pairing {
-                    mint: section.take(
-                        "mint",
-                        ["sudo", "-n", "/usr/local/bin/t3-mint"],
-                        |argv: Vec<String>| {
-                            filled(
-                                argv,
-                                |argv| argv.first().is_none_or(String::is_empty),
-                                "a program and its arguments",
-                            )
-                        },
-                    ),
+                    mint: socket.map_or(Mint::Command(command), Mint::Socket),
                     mint_timeout: section.take("mint_timeout", "10s", duration),
                     endpoints: section.take_list(
                         "endpoints",

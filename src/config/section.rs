@@ -242,6 +242,11 @@ impl<'a> Section<'a> {
         }
     }
 
+    /// Whether the file says something under `key`, which has not been taken yet.
+    pub(crate) fn is_written(&self, key: &str) -> bool {
+        self.map.get(key).is_some_and(|value| !value.is_null())
+    }
+
     /// Whether a fault in `key` or in a part of it has been told.
     pub(crate) fn is_faulty(&self, key: &str) -> bool {
         let key = format!("{}.{key}", self.path);

@@ -112,7 +112,7 @@ static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
         ),
         mint: Histogram::with_opts(seconds(
             "t3dispatch_mint_seconds",
-            "How long the mint command ran.",
+            "How long mints took.",
             &[0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0],
         ))
         .expect("a valid metric"),
@@ -372,7 +372,7 @@ pub fn refused(refusal: &Refusal, user: Option<&str>) {
     }
 }
 
-/// The mint command has ended, one way or the other.
+/// A mint has ended, one way or the other.
 pub fn minted(took: Duration) {
     METRICS.mint.observe(took.as_secs_f64());
 }

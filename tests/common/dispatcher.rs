@@ -32,6 +32,8 @@ pub struct Setup {
     pub top: Value,
     pub table: Value,
     pub log_level: String,
+    /// What runs the dispatcher, where that is not this test itself.
+    through: Option<Command>,
 }
 
 impl Setup {
@@ -55,7 +57,14 @@ impl Setup {
             }),
             table: json!({}),
             log_level: "info,pingora=warn".into(),
+            through: None,
         }
+    }
+
+    /// Has the dispatcher started by `command`, which its arguments are added to.
+    pub fn through(mut self, command: Command) -> Setup {
+        self.through = Some(command);
+        self
     }
 
     /// Gives `name` the instance of `os_user` on `port`.
@@ -90,7 +99,9 @@ impl Setup {
         let file = self.write();
         let log = self.base.join("log");
         let out = std::fs::File::create(&log).unwrap();
-        let child = program()
+        let child = self
+            .through
+            .unwrap_or_else(program)
             .args(["serve", "-c"])
             .arg(&file)
             .env("RUST_LOG", &self.log_level)

@@ -8,6 +8,8 @@ mod browser;
 mod commands;
 mod gate;
 mod identity;
+mod machine;
+mod mint;
 mod operator;
 mod pairing;
 mod prober;
