@@ -167,6 +167,9 @@ impl Judge {
             probe.edge_leg.clone(),
             probe.internal_leg.clone(),
         ));
+        if probe.token.is_some() {
+            events::legs_expected([&probe.edge_leg, &probe.internal_leg]);
+        }
         Judge {
             ledger: ledger.clone(),
             started: evidence::now(),

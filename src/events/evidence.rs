@@ -110,6 +110,17 @@ pub(super) fn register_all() {
     LazyLock::force(&OWN);
 }
 
+/// Legs of these names may connect: their series are there from now on.
+pub fn legs_expected(legs: [&str; 2]) {
+    for leg in legs {
+        OWN.leg_connected.with_label_values(&[leg]);
+        OWN.leg_rtt.with_label_values(&[leg]);
+        for kind in ["cut", "stall"] {
+            OWN.leg_troubles.with_label_values(&[leg, kind]);
+        }
+    }
+}
+
 /// A leg has connected.
 pub fn leg_opened(leg: &str) {
     OWN.leg_connected.with_label_values(&[leg]).inc();

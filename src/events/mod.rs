@@ -29,8 +29,8 @@ use crate::tunnel::live::{About, Record};
 use crate::upgrade::UpgradeError;
 
 pub use evidence::{
-    judged, leg_answered, leg_closed, leg_opened, leg_trouble, loop_lag, pressure, pronounced,
-    serve_leg_answered, serve_leg_trouble,
+    judged, leg_answered, leg_closed, leg_opened, leg_trouble, legs_expected, loop_lag, pressure,
+    pronounced, serve_leg_answered, serve_leg_trouble,
 };
 
 struct Metrics {

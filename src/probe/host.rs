@@ -75,6 +75,10 @@ struct Pressure {
 
 impl Pressure {
     fn new(resource: &'static str) -> Pressure {
+        // Until there is a reading of our own, the kernel's, which is of about the same length.
+        if let Some(share) = waiting(resource, "avg10=").and_then(|text| text.parse::<f64>().ok()) {
+            events::pressure(resource, share / 100.0);
+        }
         Pressure {
             resource,
             before: total(resource).zip(Some(uptime())),
@@ -103,7 +107,13 @@ impl Pressure {
 
 /// Microseconds in which some task has waited.
 fn total(resource: &str) -> Option<u64> {
+    waiting(resource, "total=")?.parse().ok()
+}
+
+/// A value of the line about times in which some task has waited.
+fn waiting(resource: &str, key: &str) -> Option<String> {
     let text = std::fs::read_to_string(format!("/proc/pressure/{resource}")).ok()?;
     let some = text.lines().find(|line| line.starts_with("some"))?;
-    some.rsplit_once("total=")?.1.parse().ok()
+    let value = some.split(' ').find_map(|word| word.strip_prefix(key));
+    value.map(str::to_owned)
 }

@@ -55,7 +55,7 @@ struct Asker {
 }
 
 impl ServeLegs {
-    /// Asks for `path` every `heartbeat`; see [`Asker`] for the limits.
+    /// Asks for `path` every `heartbeat`. An answer that takes over `stall` is late; one over `limit` is not waited for.
     pub fn new(path: String, heartbeat: Duration, stall: Duration, limit: Duration) -> ServeLegs {
         ServeLegs {
             asker: Arc::new(Asker {

@@ -104,7 +104,13 @@ async fn requests_are_counted_by_outcome_and_status() {
 /// What is served and what is documented are the same.
 #[tokio::test]
 async fn every_metric_is_documented_and_no_other() {
-    let world = World::with(|setup| setup.set("tunnels.per_user_metrics", true)).await;
+    let world = World::with(|setup| {
+        setup.set("tunnels.per_user_metrics", true).set(
+            "probe",
+            serde_json::json!({ "token": "a-token-for-the-tests" }),
+        )
+    })
+    .await;
     let session = world.alice.new_session();
     world.dispatcher.navigate("alice", "").await;
     world.dispatcher.navigate("alice", &session).await;
