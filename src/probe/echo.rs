@@ -178,7 +178,7 @@ async fn echo(mut socket: WebSocketStream<DuplexStream>, leg: &Mutex<Option<Far>
                 let code = frame.map_or(CloseCode::Status, |frame| frame.code);
                 let left = matches!(code, CloseCode::Normal | CloseCode::Away);
                 with(leg, |leg| {
-                    leg.end(&format!("was closed by the prober ({code})"), left)
+                    leg.end(&format!("was closed from its other side ({code})"), left)
                 });
             }
             Ok(Some(Ok(_))) => {}

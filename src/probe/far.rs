@@ -30,7 +30,10 @@ static OPEN: AtomicUsize = AtomicUsize::new(0);
 /// Names that legs may have in one process's life: each has series of its own.
 const NAMES: usize = 16;
 
-fn is_known_or_new(name: &str) -> bool {
+fn is_known_or_new(name: &str, settings: &Probe) -> bool {
+    if name == settings.edge_leg || name == settings.internal_leg {
+        return true;
+    }
     static KNOWN: Mutex<Vec<String>> = Mutex::new(Vec::new());
     let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     if known.iter().any(|one| one == name) {
@@ -58,7 +61,7 @@ pub fn leg(query: Option<&str>, headers: &HeaderMap, settings: &Probe) -> Option
         .split('&')
         .find_map(|pair| pair.strip_prefix("leg="))?;
     let name = crate::config::section::leg_name(named.to_owned()).ok()?;
-    is_known_or_new(&name).then_some(name)
+    is_known_or_new(&name, settings).then_some(name)
 }
 
 /// What a prober says in each heartbeat.
@@ -117,6 +120,7 @@ pub struct Far {
     heartbeat: Duration,
     ticked: Instant,
     told_start: bool,
+    prober_started: Option<Millis>,
     ended: bool,
 }
 
@@ -148,6 +152,7 @@ impl Far {
             heartbeat: PING * 5,
             ticked: now,
             told_start: false,
+            prober_started: None,
             ended: false,
         })
     }
@@ -258,8 +263,12 @@ impl Far {
         };
         let now = evidence::now();
         evidence::spoke(&self.leg, self.conn);
+        let started = *self
+            .prober_started
+            .get_or_insert(now - heartbeat.uptime_ms.max(0));
         if let Some(stood) = heartbeat.stood_still {
-            self.stood(now, &stood);
+            // What was held up on its way was said earlier than it is heard.
+            self.stood((started + heartbeat.uptime_ms).min(now), &stood);
         }
         self.heartbeat = Duration::from_millis(heartbeat.heartbeat_ms.clamp(100, 60_000));
         self.ping = (self.heartbeat / 5)

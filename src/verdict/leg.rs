@@ -71,7 +71,8 @@ pub(super) fn find_break(record: &Record, rules: &Rules) -> Break {
 pub(super) fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rules: &Rules) -> Says {
     let (end, start) = (record.ended(), record.ended() - record.dur_ms as Millis);
     let since = break_.from.min(end - rules.watchdog());
-    if leg.conns.iter().any(|conn| is_well(conn, since, break_.to)) {
+    let well_to = if break_.silent { end } else { break_.to };
+    if leg.conns.iter().any(|conn| is_well(conn, since, well_to)) {
         return Says::Clean;
     }
     let mut unclear = None;
@@ -81,10 +82,11 @@ pub(super) fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rule
             let until = trouble.until.or_else(|| back.min()).unwrap_or(now);
             let lasted = until - trouble.earliest;
             let told = format!("the leg {} {}", leg.name, trouble.what);
-            let stood_still = leg
-                .stood
-                .iter()
-                .any(|(from, to)| trouble.earliest <= to + rules.slack() && until >= *from);
+            // A moment in which an end stood still does not explain a long trouble.
+            let stood_still = leg.stood.iter().any(|(from, to)| {
+                let overlap = until.min(to + rules.slack()) - trouble.earliest.max(*from);
+                overlap >= 0 && (trouble.kind == Kind::Cut || overlap * 3 >= lasted)
+            });
             if conn.is_excused() || stood_still {
                 if trouble.earliest <= break_.to && until >= break_.from {
                     let why = if stood_still {
@@ -106,11 +108,12 @@ pub(super) fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rule
             let convicts = match (trouble.kind, break_.silent) {
                 (Kind::Cut, _) => began_then,
                 // A stall that is over before any client would give up has ended nothing.
-                (Kind::Stall, true) => began_then && lasted >= rules.watchdog() / 2,
+                (Kind::Stall, true) => began_then && lasted >= millis(rules.gap()),
                 // Ended in the open after a stall: the client has given up what it did not hear. Then the other direction
                 // works, and the prober is heard as well as the client.
                 (Kind::Stall, false) => {
-                    conn.spoke.is_some_and(|at| at > trouble.latest)
+                    conn.spoke
+                        .is_some_and(|at| at >= trouble.latest + (end - trouble.latest) / 3)
                         && as_long_as_a_watchdog
                         && still_on
                         && (began_with_it && trouble.earliest >= start - rules.slack()
@@ -124,7 +127,12 @@ pub(super) fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rule
             if convicts {
                 return Says::Broke(told, trouble.kind);
             }
-            if trouble.earliest <= break_.to && until >= break_.from {
+            // It may have taken small packets a while longer than the tunnel's.
+            let later = break_.silent
+                && trouble.earliest > break_.to
+                && trouble.earliest <= end
+                && lasted >= millis(rules.gap());
+            if trouble.earliest <= break_.to && until >= break_.from || later {
                 unclear = Some(told);
             }
         }

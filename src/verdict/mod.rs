@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::evidence::{Conn, InstanceHistory, Kind, Millis, Trouble, clock};
 use crate::tunnel::live::Record;
 use crate::tunnel::{Ender, How};
-use leg::{find_break, says};
+use leg::{Break, Says, find_break, says};
 
 /// A part of the way between a person and their instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -295,7 +295,7 @@ fn hangs(record: &Record, rules: &Rules) -> bool {
     let silent = closed_gap(record, rules).map_or(0, |(from, to)| to - from);
     let silent = silent.max(record.unheard_ms as Millis);
     let asks = silent <= rules.heartbeat() * 3 / 2 + rules.slack();
-    just_now
+    just_now && asks
         || over(record.instance.untaken_ms)
         // What the instance answered may be waiting here for a client that takes nothing.
         || over(record.unanswered_ms)
@@ -308,8 +308,11 @@ fn closed_gap(record: &Record, rules: &Rules) -> Option<(Millis, Millis)> {
     let gap = record.gap?;
     let (length, ago) = (gap.length_ms as Millis, gap.ago_ms as Millis);
     let to = record.ended() - ago;
-    // What a client has borne is over, unless everything comes late, its goodbye as well.
-    let late = length >= rules.watchdog() && ago <= rules.watchdog() + rules.heartbeat();
+    // What a client has borne is over, unless everything comes late: then its goodbye comes a watchdog after what it last
+    // heard, which was less than a heartbeat before its first late word.
+    let soonest = rules.watchdog() - rules.heartbeat() - rules.slack();
+    let late =
+        length >= rules.watchdog() && (soonest..=rules.watchdog() + rules.slack()).contains(&ago);
     let is_why = ago <= rules.slack() || late;
     (is_why && speaks(record, rules)).then_some((to - length, to))
 }
@@ -367,35 +370,76 @@ pub fn judge(record: &Record, around: &Around, rules: &Rules) -> Verdict {
         says(&around.edge, &break_, record, around.now, rules),
         says(&around.internal, &break_, record, around.now, rules),
     );
-    let broke = edge.broke().or(internal.broke());
-    // A client that gives up says goodbye as one that leaves does; then the way has to show it, or its own long silence.
-    // A code of its own is what a page gives up with; then it comes back at once.
-    let gave_up = closed_gap(record, rules).is_some()
-        || !ordinary(record.code) && (broke.is_some() || came_back(record, around, rules));
-    // Where only what we send is lost, nothing but the legs shows it. A tab that is closed has no watchdog.
-    let one_way = broke == Some(Kind::Stall) && !break_.silent;
-    if is_close && (!gave_up && !one_way || record.code == Some(1001)) {
-        return ordinary_end(record);
-    }
-    let waited = record.unanswered_ms.unwrap_or(0) as Millis;
-    if let Some(trouble) = trouble_at(&around.instance, break_.from, record.ended(), rules)
-        && waited >= rules.heartbeat()
-        && broke.is_none()
+    if is_close
+        && let Some(verdict) = goodbye_meant(record, around, rules, &break_, [&edge, &internal])
     {
-        return verdict(
-            Segment::Unknown,
-            Confidence::Low,
-            vec![
-                weigh::how_it_ended(record, &break_),
-                format!("the instance {}", trouble.what),
-                format!(
-                    "a message of the client's had waited {} for the instance, which is less than a client waits",
-                    seconds(waited)
-                ),
-            ],
-        );
+        return verdict;
+    }
+    if edge.broke().or(internal.broke()).is_none()
+        && let Some(verdict) = slow_instance(record, around, rules, &break_)
+    {
+        return verdict;
     }
     weigh::weigh(record, around, rules, &break_, edge, internal)
+}
+
+/// The verdict on a goodbye, unless it is that of a client which the way has made give up: it says goodbye as one that
+/// leaves does, so then the way has to show it, or the client's own long silence.
+fn goodbye_meant(
+    record: &Record,
+    around: &Around,
+    rules: &Rules,
+    break_: &Break,
+    [edge, internal]: [&Says; 2],
+) -> Option<Verdict> {
+    // A tab that is closed has no watchdog.
+    if record.code == Some(1001) {
+        return Some(ordinary_end(record));
+    }
+    // Where only what we send is lost, nothing but the legs shows it.
+    let one_way = edge.broke().or(internal.broke()) == Some(Kind::Stall) && !break_.silent;
+    if one_way || closed_gap(record, rules).is_some() {
+        return None;
+    }
+    // A code of its own is what a page gives up with; then it comes back at once. In full flow that is no leg's doing.
+    let gave_up = !ordinary(record.code)
+        && [edge, internal] == [&Says::Clean, &Says::Clean]
+        && came_back(record, around, rules);
+    if !gave_up {
+        return Some(ordinary_end(record));
+    }
+    let what = format!(
+        "the client closed it at {} with code {} and came back at once, as one does that has heard nothing",
+        clock(record.ended()),
+        record.code.unwrap_or(1005)
+    );
+    let legs = "both legs were clean at that moment".to_owned();
+    Some(verdict(
+        Segment::LastMile,
+        Confidence::Low,
+        vec![what, legs],
+    ))
+}
+
+/// Neither the instance nor the client's way is convicted where the one was slow, but not for as long as a client waits.
+fn slow_instance(
+    record: &Record,
+    around: &Around,
+    rules: &Rules,
+    break_: &Break,
+) -> Option<Verdict> {
+    let waited = record.unanswered_ms.unwrap_or(0) as Millis;
+    let trouble = trouble_at(&around.instance, break_.from, record.ended(), rules)
+        .filter(|_| waited >= rules.heartbeat())?;
+    let evidence = vec![
+        weigh::how_it_ended(record, break_),
+        format!("the instance {}", trouble.what),
+        format!(
+            "a message of the client's had waited {} for the instance, which is less than a client waits",
+            seconds(waited)
+        ),
+    ];
+    Some(verdict(Segment::Unknown, Confidence::Low, evidence))
 }
 
 fn closed_by_instance(record: &Record, around: &Around, rules: &Rules) -> Verdict {
@@ -452,6 +496,11 @@ fn we_stalled(record: &Record, around: &Around, rules: &Rules) -> Option<Verdict
         clock(from)
     )];
     evidence.extend(around.pressure.iter().cloned());
+    if to - from < rules.watchdog() {
+        // Something else may have ended it in that time, which nobody here could see.
+        evidence.push("that is a little less than a client waits".into());
+        return Some(verdict(Segment::Unknown, Confidence::Low, evidence));
+    }
     Some(verdict(Segment::Dispatch, Confidence::High, evidence))
 }
 

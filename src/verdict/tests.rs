@@ -199,10 +199,11 @@ fn a_private_code_is_a_drop_if_the_client_comes_back() {
     is(&closed(1001), &with(clean(), vec![back.clone()]), NOBODY);
     back.opened = END + 60_000;
     is(&closed(4000), &with(clean(), vec![back]), NOBODY);
+    // A leg that was cut is no reason to say goodbye.
     is(
         &closed(4000),
         &around(broken("cloudflare"), well("internal")),
-        Edge,
+        NOBODY,
     );
 }
 
@@ -307,8 +308,8 @@ fn legs_tell_where_it_went_silent() {
             stalled("internal", -46_000),
             Internal,
         ),
-        // It stalled long after, or long before.
-        (stalled("cloudflare", -30_000), well("internal"), LastMile),
+        // It stalled while the tunnel was silent, but later; and long before.
+        (stalled("cloudflare", -30_000), well("internal"), Unknown),
         (stalled("cloudflare", -90_000), well("internal"), LastMile),
         // Too short a stall to make anybody give up.
         (
@@ -504,6 +505,9 @@ fn other_people_are_witnesses() {
         is(&cut(), &with(both(), fell(2)), Internal).confidence,
         Confidence::High
     );
+    // The edge's leg was cut, and nobody else felt it: the leg's own way to the edge.
+    is(&cut(), &with(edge(), lived(1)), Unknown);
+    is(&cut(), &with(edge(), [lived(1), fell(1)].concat()), Edge);
     // Both legs broke, and somebody lived: the prober, or its own way.
     is(&cut(), &with(both(), lived(1)), Unknown);
     // Everybody fell and no leg felt it: they share something else.
@@ -543,10 +547,13 @@ fn internal_needs_an_instance_that_was_well_and_a_prober_that_was_there() {
 #[test]
 fn we_are_at_fault_if_we_stood_still() {
     let mut around = clean();
-    around.lags = vec![(END - 20_000, END - 100)];
+    around.lags = vec![(END - 20_600, END - 100)];
     is(&cut(), &around, Dispatch);
     is(&silent(20_500), &around, Dispatch);
     is(&closed(1001), &around, NOBODY);
+    // A little less than a client waits: something else may have ended it in that time.
+    around.lags = vec![(END - 17_000, END - 100)];
+    is(&cut(), &around, Unknown);
     // What ends a while later has another reason.
     around.lags = vec![(END - 30_000, END - 10_000)];
     is(&cut(), &around, LastMile);

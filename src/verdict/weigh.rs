@@ -2,7 +2,7 @@
 
 use super::leg::{Break, Says};
 use super::{Around, Confidence, Leg, Rules, Segment, Verdict, seconds, verdict};
-use crate::evidence::{Millis, Trouble, clock};
+use crate::evidence::{Kind, Millis, Trouble, clock};
 use crate::tunnel::How;
 use crate::tunnel::live::Record;
 
@@ -36,8 +36,14 @@ pub(super) fn weigh(
         verdict(Segment::Unknown, Confidence::Low, evidence)
     };
     match (edge, internal) {
-        (Says::Broke(edge, _), Says::Clean) => {
+        (Says::Broke(edge, kind), Says::Clean) => {
             evidence.extend([edge, clean(&around.internal)]);
+            if kind == Kind::Cut && lived > 0 && fell.is_empty() {
+                return unknown(
+                    evidence,
+                    "that contradicts itself: the leg broke and other people did not".into(),
+                );
+            }
             let confidence = if fell.is_empty() {
                 Confidence::Medium
             } else {
@@ -178,7 +184,10 @@ pub(super) fn how_it_ended(record: &Record, break_: &Break) -> String {
         _ => format!("the client's side reset its connection at {end}"),
     };
     if !break_.silent {
-        return format!("{ended}, in full flow");
+        return match record.unheard_ms {
+            0..1000 => format!("{ended}, in full flow"),
+            _ => ended,
+        };
     }
     let (silence, gap) = (record.unheard_ms, record.gap);
     match gap.filter(|gap| gap.length_ms > silence) {

@@ -495,7 +495,6 @@ async fn sigterm_during_a_handover_ends_both() {
     let conf = world.base().join("t3-dispatch.yaml");
     let asking = tokio::spawn(async move { reload(&conf).await });
     // The new process has the sockets and is on probation.
-    let both = format!("listen={}:3780", world.dispatcher.ip);
     wait_for("start of the new process", async || {
         std::fs::read_dir("/proc").unwrap().flatten().any(|entry| {
             let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
@@ -513,5 +512,4 @@ async fn sigterm_during_a_handover_ends_both() {
         http::Client::connect(address).await.is_err()
     })
     .await;
-    assert_eq!(world.dispatcher.logged(&both).len(), 1);
 }

@@ -115,13 +115,9 @@ async fn a_leg_is_known_by_its_token_and_by_nothing_else() {
         frame.write(&mut stream, MASK).await.unwrap();
         assert_eq!(Frame::read(&mut stream).await.unwrap(), frame);
     }
-    assert!(
-        !place
-            .dispatcher
-            .metrics()
-            .await
-            .contains("leg=\"internal\"")
-    );
+    let connected = "t3dispatch_leg_connected{leg=\"internal\"}";
+    assert!(place.dispatcher.metrics().await.contains(connected));
+    assert_eq!(place.dispatcher.metric(connected).await, 0.0);
     for header in [right.clone(), format!("bearer {TOKEN}")] {
         let headers = [("Authorization", header.as_str())];
         let (mut stream, head) = leg(&place, "/probe/ws?x=1&leg=internal", &headers).await;
