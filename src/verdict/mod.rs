@@ -309,8 +309,8 @@ fn closed_gap(record: &Record, rules: &Rules) -> Option<(Millis, Millis)> {
     let (length, ago) = (gap.length_ms as Millis, gap.ago_ms as Millis);
     let to = record.ended() - ago;
     // What a client has borne is over, unless everything comes late: then its goodbye comes a watchdog after what it last
-    // heard, which was less than a heartbeat before its first late word.
-    let soonest = rules.watchdog() - rules.heartbeat() - rules.slack();
+    // heard, which was about a heartbeat before its first late word.
+    let soonest = rules.watchdog() - rules.heartbeat() * 3 / 2 - rules.slack();
     let late =
         length >= rules.watchdog() && (soonest..=rules.watchdog() + rules.slack()).contains(&ago);
     let is_why = ago <= rules.slack() || late;
