@@ -93,12 +93,7 @@ pub fn at_once(record: &Record) -> Option<Verdict> {
     let (rules, edge, internal) = SETTINGS.get()?;
     let verdict = verdict::at_once(record, rules)?;
     // A goodbye while a leg has stalled may be that of a client that has heard nothing.
-    let has_stalled = |leg: &String| {
-        let conns = evidence::conns(leg);
-        conns
-            .last()
-            .is_some_and(|conn| conn.stalls.iter().any(|stall| stall.until.is_none()))
-    };
+    let has_stalled = |leg: &String| evidence::conns(leg).last().is_some_and(Conn::is_stalled);
     let goodbye = record.first() == Some((Ender::Client, How::Close)) && record.code != Some(1001);
     if goodbye && (has_stalled(edge) || has_stalled(internal)) {
         return None;
@@ -227,8 +222,7 @@ impl BackgroundService for Judge {
 
 /// Whether a leg is there through this connection.
 fn is_connected(conn: &Conn) -> bool {
-    let stalls = conn.stalls.iter().any(|stall| stall.until.is_none());
-    conn.end.is_none() && !conn.left && !stalls
+    conn.end.is_none() && !conn.left && !conn.is_stalled()
 }
 
 /// Since when both legs have been away, if they are: then a drop of that time is worth waiting for, because their return

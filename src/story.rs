@@ -165,19 +165,6 @@ impl Drop {
     }
 }
 
-/// What a segment is called before people; `edge` is the name of the edge.
-pub fn name(segment: Segment, edge: &str) -> String {
-    match segment {
-        Segment::None => "ended well".into(),
-        Segment::LastMile => "your network".into(),
-        Segment::Edge => edge.into(),
-        Segment::Internal => "our network".into(),
-        Segment::Serve => "the workspace's server".into(),
-        Segment::Dispatch => "this service".into(),
-        Segment::Unknown => "not known".into(),
-    }
-}
-
 /// What the edge is called, by the name of its leg: a name, so it begins with a capital.
 pub fn edge_name(leg: &str) -> String {
     let mut letters = leg.chars();

@@ -122,6 +122,11 @@ impl Conn {
         self.stalls.iter().chain(&self.end)
     }
 
+    /// Whether it owes an answer that is overdue.
+    pub fn is_stalled(&self) -> bool {
+        self.stalls.iter().any(|stall| stall.until.is_none())
+    }
+
     /// Whether its end says nothing about the way, because the prober itself ended.
     pub fn is_excused(&self) -> bool {
         self.excused
@@ -298,7 +303,8 @@ pub fn record(event: Event) {
 
 /// A leg's answer, in memory alone.
 pub fn heard(leg: &str, conn: u64) {
-    memory().conn(std::process::id(), conn, leg, now()).heard = now();
+    let at = now();
+    memory().conn(std::process::id(), conn, leg, at).heard = at;
 }
 
 /// What other processes have told since the last time: their observations become ours.
@@ -318,7 +324,8 @@ pub fn take_entrusted() -> Vec<(Record, Millis)> {
 
 /// A leg's prober has said something by itself.
 pub fn spoke(leg: &str, conn: u64) {
-    memory().conn(std::process::id(), conn, leg, now()).spoke = Some(now());
+    let at = now();
+    memory().conn(std::process::id(), conn, leg, at).spoke = Some(at);
 }
 
 /// When the prober of a leg stood still.

@@ -119,7 +119,6 @@ pub struct Far {
     noted: Instant,
     heartbeat: Duration,
     ticked: Instant,
-    told_start: bool,
     prober_started: Option<Millis>,
     ended: bool,
 }
@@ -151,7 +150,6 @@ impl Far {
             noted: now,
             heartbeat: PING * 5,
             ticked: now,
-            told_start: false,
             prober_started: None,
             ended: false,
         })
@@ -263,9 +261,7 @@ impl Far {
         };
         let now = evidence::now();
         evidence::spoke(&self.leg, self.conn);
-        let started = *self
-            .prober_started
-            .get_or_insert(now - heartbeat.uptime_ms.max(0));
+        let started = self.started(now, heartbeat.uptime_ms.max(0));
         if let Some(stood) = heartbeat.stood_still {
             // What was held up on its way was said earlier than it is heard.
             self.stood((started + heartbeat.uptime_ms).min(now), &stood);
@@ -274,13 +270,6 @@ impl Far {
         self.ping = (self.heartbeat / 5)
             .clamp(PING_LEAST, PING)
             .min(self.stall / 2);
-        if !std::mem::replace(&mut self.told_start, true) {
-            evidence::record(Event::ProberStarted {
-                leg: self.leg.clone(),
-                conn: self.conn,
-                at: now - heartbeat.uptime_ms.max(0),
-            });
-        }
         // Its own messages are larger than our pings, and a narrow place is felt by them first.
         if let Some(rtt) = heartbeat
             .rtt_ms
@@ -303,6 +292,21 @@ impl Far {
         for told in heartbeat.legs {
             self.told(now, told);
         }
+    }
+
+    /// When the prober was started, by its first heartbeat, which is noted.
+    fn started(&mut self, now: Millis, uptime: Millis) -> Millis {
+        if let Some(at) = self.prober_started {
+            return at;
+        }
+        let at = now - uptime;
+        self.prober_started = Some(at);
+        evidence::record(Event::ProberStarted {
+            leg: self.leg.clone(),
+            conn: self.conn,
+            at,
+        });
+        at
     }
 
     /// The prober has told that it stood still, which it repeats for a while.

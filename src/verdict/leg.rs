@@ -108,7 +108,11 @@ pub(super) fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rule
             let convicts = match (trouble.kind, break_.silent) {
                 (Kind::Cut, _) => began_then,
                 // A stall that is over before any client would give up has ended nothing.
-                (Kind::Stall, true) => began_then && lasted >= millis(rules.gap()),
+                (Kind::Stall, true) => {
+                    began_then && lasted >= millis(rules.gap())
+                        // All its short life was within the stall.
+                        || short_life && trouble.earliest <= start && until >= end - rules.slack()
+                }
                 // Ended in the open after a stall: the client has given up what it did not hear. Then the other direction
                 // works, and the prober is heard as well as the client.
                 (Kind::Stall, false) => {
@@ -119,11 +123,7 @@ pub(super) fn says(leg: &Leg, break_: &Break, record: &Record, now: Millis, rule
                         && (began_with_it && trouble.earliest >= start - rules.slack()
                             || short_life && trouble.earliest <= start)
                 }
-            } || trouble.kind == Kind::Stall
-                && break_.silent
-                && short_life
-                && trouble.earliest <= start
-                && until >= end - rules.slack();
+            };
             if convicts {
                 return Says::Broke(told, trouble.kind);
             }

@@ -148,13 +148,9 @@ fn company<'a>(
             .gap
             .is_some_and(|(from, _)| from >= break_.from - rules.heartbeat() && from <= break_.to);
         // Who had the same silence and has borne it neither fell nor says that nothing was.
-        let gap_then = gap_then && {
-            let fell_later = other.ended.is_some_and(|(_, badly)| badly);
-            if !fell_later {
-                continue;
-            }
-            true
-        };
+        if gap_then && !other.ended.is_some_and(|(_, badly)| badly) {
+            continue;
+        }
         let ended_then = other.ended.is_some_and(|(at, badly)| {
             badly && (at - record.ended()).abs() <= slack.max(rules.heartbeat() / 2)
         });

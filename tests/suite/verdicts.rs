@@ -64,6 +64,16 @@ async fn answer(leg: &mut TcpStream, pings: usize) {
     }
 }
 
+/// The exit status of a command, its answer, and its complaints.
+fn said(output: std::process::Output) -> (Option<i32>, String, String) {
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (
+        output.status.code(),
+        text(output.stdout),
+        text(output.stderr),
+    )
+}
+
 /// A WebSocket of this person's that `side`'s reset ended.
 async fn drop_one(place: &mut Place, user: &str, client_resets: bool) {
     let (client, instance) = place.tunnel(user).await;
@@ -295,6 +305,8 @@ async fn a_plain_end_is_judged_at_once() {
     Frame::close(1001).write(&mut client, MASK).await.unwrap();
     Frame::read(&mut instance).await.unwrap();
     drop((client, instance));
+    // Two that end at once may be written in either order.
+    place.dispatcher.wait_for_records(1).await;
     drop_one(&mut place, "bob", false).await;
     place.dispatcher.wait_for_records(2).await;
     let text = std::fs::read_to_string(place.dispatcher.base.join("closes.jsonl")).unwrap();
@@ -339,12 +351,7 @@ async fn drops_are_explained_also_with_the_dispatcher_down() {
             .arg(&file)
             .output()
             .unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        (
-            output.status.code(),
-            text(output.stdout),
-            text(output.stderr),
-        )
+        said(output)
     };
     let (code, said, _) = explain(&["alice"]);
     assert_eq!(code, Some(0));
@@ -598,12 +605,7 @@ async fn explain_bears_what_a_shell_does_to_it() {
             .env("FILE", place.dispatcher.base.join("t3-dispatch.yaml"))
             .output()
             .unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        (
-            output.status.code(),
-            text(output.stdout),
-            text(output.stderr),
-        )
+        said(output)
     };
     let (_, said, complaint) = shell("\"$PROGRAM\" explain -c \"$FILE\" | head -n 1");
     assert!(said.starts_with("time "), "{said}");
