@@ -12,7 +12,6 @@
 //! 8. [`judge`] keeps a drop until the evidence is in; [`verdict`] says whose fault it was.
 //!
 //! Beside the walk stand [`refuse`] (every answer that is a refusal), [`events`] (every log line and metric), [`ledger`]
-//! Beside the walk stand [`refuse`] (every answer that is a refusal), [`events`] (every log line and metric), [`ledger`]
 //! (a line for each WebSocket that ended), [`evidence`] (what was seen of legs, instances and this process), [`probe`] (the
 //! echo with its far ends of legs, the legs to instances, the host; and the prober, which holds legs to the echo), [`config`]
 //! (settings), [`server`] (listeners and signals), [`upgrade`] (handing over to a new process), [`admin`] (the operator's
