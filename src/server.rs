@@ -160,7 +160,7 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
     let tunnels = &dispatch.tunnels;
     let ledger = Ledger {
         path: tunnels.ledger.clone(),
-        limit: tunnels.ledger_max_mb << 20,
+        limit: u64::from(tunnels.ledger_max_mb) << 20,
     };
     let judge = Judge::new(&dispatch, &ledger);
     let rules = judge::rules(&dispatch.tunnels);
