@@ -6,6 +6,7 @@ mod common;
 mod admin;
 mod browser;
 mod commands;
+mod fuzz_corpora;
 mod gate;
 mod identity;
 mod machine;
