@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 
 use crate::config::{Dispatch, Settings};
 use crate::instance::{Caller, address};
+use crate::jwt::Keys;
 use crate::mint::{mint, mint_fault};
 use crate::pair::Pairer;
 use crate::session::{Verdict, read_check};
@@ -145,6 +146,14 @@ pub fn run(conf: Option<&Path>, user: Option<&str>) -> Report {
         }
     };
     runtime.block_on(async {
+        if let Some(jwt) = &dispatch.identity.jwt {
+            let found = Keys::new(jwt.clone()).fetch().await;
+            let source = &jwt.jwks;
+            let found = found
+                .map(|keys| format!("{source}, {} keys", keys.len()))
+                .map_err(|error| format!("{source} {error} (dispatch.identity.jwt.jwks)"));
+            report.add("keys", found);
+        }
         let caller = Arc::new(Caller::default());
         report
             .rows

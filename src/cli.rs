@@ -227,7 +227,8 @@ fn report(outcome: Result<(), String>) -> ExitCode {
 
 /// Where a view has the terminal, log lines are handed to it.
 fn start_log(to_view: bool) {
-    let default = env_logger::Env::default().default_filter_or("info,pingora=warn");
+    let default =
+        env_logger::Env::default().default_filter_or("info,pingora=warn,pingora_proxy=off");
     let target = if to_view {
         env_logger::Target::Pipe(Box::new(view::Above))
     } else {

@@ -1,6 +1,6 @@
 //! A request's walk through the house: `ProxyHttp`, each phase one short call into the room that knows.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
@@ -14,12 +14,15 @@ use pingora::{Error, ErrorSource, ErrorType, Result};
 use tokio::sync::Notify;
 
 use crate::config::Dispatch;
+use crate::downstream::head_is_read;
 use crate::events::{self, Outcome};
 use crate::forward;
 use crate::gate::how;
-use crate::identity::{IdentityError, client, who};
+use crate::head::{self, HeadError};
+use crate::identity::{IdentityError, Peer, client, who};
 use crate::instance::{Caller, address};
 use crate::judge;
+use crate::jwt::Tokens;
 use crate::page;
 use crate::pair::Pairer;
 use crate::probe::echo;
@@ -46,6 +49,7 @@ struct Inner {
     tables: Arc<Tables>,
     caller: Arc<Caller>,
     pairer: Arc<Pairer>,
+    tokens: Option<Tokens>,
 }
 
 /// What is known of one request so far.
@@ -101,8 +105,8 @@ impl Drop for InFlight {
 }
 
 impl Dispatcher {
-    /// A dispatcher that follows `tables`.
-    pub fn new(settings: Dispatch, tables: Arc<Tables>) -> Dispatcher {
+    /// A dispatcher that follows `tables`, and asks `tokens` who is asking where people have signed ones.
+    pub fn new(settings: Dispatch, tables: Arc<Tables>, tokens: Option<Tokens>) -> Dispatcher {
         let caller = Arc::new(Caller::default());
         let pairer = Pairer::new(settings.pairing.clone(), caller.clone());
         Dispatcher(Arc::new(Inner {
@@ -111,30 +115,36 @@ impl Dispatcher {
             tables,
             caller,
             pairer,
+            tokens,
         }))
     }
 }
 
 impl Inner {
     /// Who asks, and the instance that is theirs.
-    fn find(
+    async fn find(
         &self,
         session: &Session,
     ) -> Result<(String, Arc<Instance>), (Refusal, Option<String>)> {
-        // A peer without an address is on no network, so no rule can trust it.
-        let peer = client_ip(session).ok_or((Refusal::Internal, None))?;
-        let user =
-            who(peer, &session.req_header().headers, &self.settings.identity).map_err(|error| {
-                let refusal = match error {
-                    IdentityError::UntrustedPeer(peer) => Refusal::UntrustedProxy(peer),
-                    IdentityError::Ambiguous(header) => Refusal::AmbiguousIdentity(header),
-                    IdentityError::Missing => Refusal::UnknownUser,
-                };
-                (refusal, None)
-            })?;
-        match self.tables.current().get(user) {
-            Some(instance) => Ok((user.to_owned(), instance.clone())),
-            None => Err((Refusal::UnknownUser, Some(user.to_owned()))),
+        let peer = peer(session).ok_or((Refusal::Internal, None))?;
+        let rules = &self.settings.identity;
+        let headers = &session.req_header().headers;
+        let user = who(peer, headers, rules, self.tokens.as_ref()).await;
+        let user = user.map_err(|error| {
+            let refusal = match error {
+                IdentityError::UntrustedPeer(peer) => Refusal::UntrustedProxy(peer),
+                IdentityError::Ambiguous(header) => Refusal::AmbiguousIdentity(header),
+                IdentityError::Contradiction(_) | IdentityError::Token(..) => {
+                    Refusal::BadToken(error)
+                }
+                IdentityError::NoKeys => Refusal::NoKeys,
+                IdentityError::Missing => Refusal::UnknownUser,
+            };
+            (refusal, None)
+        })?;
+        match self.tables.current().get(&user).cloned() {
+            Some(instance) => Ok((user, instance)),
+            None => Err((Refusal::UnknownUser, Some(user))),
         }
     }
 
@@ -218,11 +228,12 @@ impl Inner {
 
     /// Echoes to a probe.
     async fn probe(&self, session: &mut Session, ctx: &mut Ctx) -> Result<bool> {
-        let Some(peer) = client_ip(session) else {
+        let Some(peer) = peer(session) else {
             return refuse(session, ctx, Refusal::Internal, None).await;
         };
         let request = session.req_header();
-        let client = client(peer, &request.headers, &self.settings.identity);
+        let client = client(peer, &request.headers, &self.settings.identity)
+            .unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
         let leg = far::leg(request.uri.query(), &request.headers, &self.settings.probe)
             .and_then(|leg| Far::open(leg, self.rules.stall()));
         match echo::serve(session, client, leg).await {
@@ -289,8 +300,21 @@ async fn healthy(session: &mut Session) -> Result<bool> {
     Ok(true)
 }
 
-fn client_ip(session: &Session) -> Option<IpAddr> {
-    Some(session.client_addr()?.as_inet()?.ip())
+/// The other end of the connection. Where the system did not say, nobody is to be trusted.
+fn peer(session: &Session) -> Option<Peer> {
+    Peer::new(session.client_addr(), session.server_addr())
+}
+
+fn peer_ip(session: &Session) -> Option<IpAddr> {
+    peer(session)?.ip()
+}
+
+/// Looks through the head as it came, before anybody acts on it.
+fn check_head(session: &Session) -> Result<(), HeadError> {
+    match session.as_downstream().as_http1() {
+        Some(session) => head::check(&session.get_headers_raw_bytes()),
+        None => Ok(()),
+    }
 }
 
 /// Whether there is no client any more that could be told something.
@@ -320,7 +344,7 @@ fn how_it_broke(error: &Error) -> How {
 /// Whose tunnel a request asks for.
 fn about(session: &Session, user: &str, instance: &Arc<Instance>) -> About {
     let headers = &session.req_header().headers;
-    let chain = live::chain(headers, client_ip(session));
+    let chain = live::chain(headers, peer_ip(session));
     let told = headers.get("x-request-id").and_then(|id| id.to_str().ok());
     let usable = |id: &&str| {
         !id.is_empty() && id.len() <= 64 && id.bytes().all(|byte| byte.is_ascii_graphic())
@@ -362,6 +386,7 @@ impl ProxyHttp for Dispatcher {
     }
 
     async fn early_request_filter(&self, session: &mut Session, _ctx: &mut Ctx) -> Result<()> {
+        head_is_read();
         // `Some(0)` is what Pingora makes of a client that may keep its connection: for ever.
         if session.get_keepalive() == Some(0) {
             session.set_keepalive(Some(KEEPALIVE_SECONDS));
@@ -382,6 +407,11 @@ impl ProxyHttp for Dispatcher {
     }
 
     async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> Result<bool> {
+        if let Err(error) = check_head(session) {
+            // Whatever comes behind it may be meant as a part of it.
+            session.set_keepalive(None);
+            return refuse(session, ctx, Refusal::Head(error), None).await;
+        }
         if forward::lacks_host(session.req_header()) {
             return refuse(session, ctx, Refusal::BadRequest, None).await;
         }
@@ -396,7 +426,7 @@ impl ProxyHttp for Dispatcher {
             ctx.outcome = Some(Outcome::Probe);
             return self.0.probe(session, ctx).await;
         }
-        let (user, instance) = match self.0.find(session) {
+        let (user, instance) = match self.0.find(session).await {
             Ok(found) => found,
             Err((refusal, user)) => return refuse(session, ctx, refusal, user.as_deref()).await,
         };
@@ -456,7 +486,11 @@ impl ProxyHttp for Dispatcher {
         {
             request.insert_header(header::HOST, address(instance.port).to_string())?;
         }
-        forward::request_head(request, client_ip(session))
+        // A token is good for more than this instance.
+        if let Some(jwt) = &self.0.settings.identity.jwt {
+            request.remove_header(&jwt.header);
+        }
+        forward::request_head(request, peer_ip(session))
     }
 
     async fn response_filter(

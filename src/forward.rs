@@ -169,7 +169,7 @@ pub fn request_head(request: &mut RequestHeader, client: Option<IpAddr>) -> Resu
         chain.extend_from_slice(value.as_bytes());
         chain.extend_from_slice(b", ");
     }
-    chain.extend_from_slice(client.to_canonical().to_string().as_bytes());
+    chain.extend_from_slice(client.to_string().as_bytes());
     request.insert_header("X-Forwarded-For", chain)
 }
 

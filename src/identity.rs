@@ -2,9 +2,51 @@
 
 use std::net::IpAddr;
 
-use http::{HeaderMap, HeaderName};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use pingora::protocols::l4::socket::SocketAddr;
 
 use crate::config::Identity;
+use crate::jwt::{TokenError, Tokens, Unproven};
+
+/// The other end of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// A host, by the address that it connects from.
+    Address(IpAddr),
+    /// A program of this machine, on a Unix socket. The file's mode and group have let it in.
+    Local,
+}
+
+impl Peer {
+    /// The peer of a connection between these addresses. A program that connects to a Unix socket has none, as has one that
+    /// has gone already: only our own end tells which it is.
+    pub fn new(theirs: Option<&SocketAddr>, ours: Option<&SocketAddr>) -> Option<Peer> {
+        match (theirs, ours) {
+            (Some(SocketAddr::Inet(address)), _) => Some(Peer::Address(address.ip())),
+            (_, Some(SocketAddr::Unix(_))) => Some(Peer::Local),
+            _ => None,
+        }
+    }
+
+    /// Its address, if it has one.
+    pub fn ip(self) -> Option<IpAddr> {
+        match self {
+            // A dual-stack listener sees IPv4 peers as ::ffff:a.b.c.d.
+            Peer::Address(ip) => Some(ip.to_canonical()),
+            Peer::Local => None,
+        }
+    }
+}
+
+impl Identity {
+    /// Whether hosts of this address may name people.
+    pub fn trusts(&self, ip: IpAddr) -> bool {
+        let ip = ip.to_canonical();
+        self.trusted_proxies
+            .iter()
+            .any(|network| network.contains(&ip))
+    }
+}
 
 /// Why nobody is known to ask. All of it fails closed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -17,65 +59,91 @@ pub enum IdentityError {
     /// The identity header is there more than once, or beside one that some servers take for the same.
     #[error("the identity header {0} must be present exactly once and in no other spelling")]
     Ambiguous(HeaderName),
+    /// The token names somebody else than the identity header.
+    #[error("the token in {0} names somebody else than the identity header")]
+    Contradiction(HeaderName),
+    /// The token does not prove who is asking.
+    #[error("the token in {0} does not prove who is asking: {1}")]
+    Token(HeaderName, TokenError),
+    /// There are no keys yet that a token could be verified with.
+    #[error("there are no keys to verify tokens with yet")]
+    NoKeys,
     /// Nobody is named.
     #[error("no user is named")]
     Missing,
 }
 
-/// The name of the person who asks: the identity header's value up to its first `@`, never empty.
+/// The name of the person who asks, never empty: what the identity header has before its first `@`. Where there have to be
+/// signed tokens, it is what `tokens` make of theirs, and the identity header may be absent, but say nothing else.
 ///
 /// # Errors
 /// When `peer` is not trusted, or the headers do not name exactly one person.
-pub fn who<'a>(
-    peer: IpAddr,
-    headers: &'a HeaderMap,
+pub async fn who(
+    peer: Peer,
+    headers: &HeaderMap,
     rules: &Identity,
-) -> Result<&'a str, IdentityError> {
-    // A dual-stack listener sees IPv4 peers as ::ffff:a.b.c.d.
-    let peer = peer.to_canonical();
-    if !rules
-        .trusted_proxies
-        .iter()
-        .any(|network| network.contains(&peer))
-    {
-        return Err(IdentityError::UntrustedPeer(peer));
+    tokens: Option<&Tokens>,
+) -> Result<String, IdentityError> {
+    if let Some(ip) = peer.ip().filter(|ip| !rules.trusts(*ip)) {
+        return Err(IdentityError::UntrustedPeer(ip));
     }
-    let ambiguous = || IdentityError::Ambiguous(rules.header.clone());
-    if headers.keys().any(|name| looks_like(name, &rules.header)) {
+    let named = the_only(headers, &rules.header)?.map(name).transpose()?;
+    let (Some(tokens), Some(jwt)) = (tokens, &rules.jwt) else {
+        return named.map(str::to_owned).ok_or(IdentityError::Missing);
+    };
+    let token = the_only(headers, &jwt.header)?.ok_or(IdentityError::Missing)?;
+    let claimed = tokens
+        .verify(token.as_bytes())
+        .await
+        .map_err(|unproven| match unproven {
+            Unproven::Token(error) => IdentityError::Token(jwt.header.clone(), error),
+            Unproven::NoKeys => IdentityError::NoKeys,
+        })?;
+    let claimed = before_at(&claimed).ok_or(IdentityError::Missing)?;
+    if named.is_some_and(|named| named != claimed) {
+        return Err(IdentityError::Contradiction(jwt.header.clone()));
+    }
+    Ok(claimed.to_owned())
+}
+
+/// The value of a header that may be there once, and beside none that some servers take for the same.
+fn the_only<'a>(
+    headers: &'a HeaderMap,
+    header: &HeaderName,
+) -> Result<Option<&'a HeaderValue>, IdentityError> {
+    let ambiguous = || IdentityError::Ambiguous(header.clone());
+    if headers.keys().any(|name| looks_like(name, header)) {
         return Err(ambiguous());
     }
-    let mut values = headers.get_all(&rules.header).iter();
-    let value = values.next().ok_or(IdentityError::Missing)?;
+    let mut values = headers.get_all(header).iter();
+    let value = values.next();
     if values.next().is_some() {
         return Err(ambiguous());
     }
-    let name = value.to_str().map_err(|_| IdentityError::Missing)?;
-    match name.split('@').next() {
-        Some(name) if !name.is_empty() => Ok(name),
-        _ => Err(IdentityError::Missing),
-    }
+    Ok(value)
+}
+
+fn name(value: &HeaderValue) -> Result<&str, IdentityError> {
+    value
+        .to_str()
+        .ok()
+        .and_then(before_at)
+        .ok_or(IdentityError::Missing)
+}
+
+fn before_at(text: &str) -> Option<&str> {
+    text.split('@').next().filter(|name| !name.is_empty())
 }
 
 /// The address of the client: of those that trusted proxies have forwarded, the last that is no proxy's itself. Anybody
 /// else's word is not taken.
-pub fn client(peer: IpAddr, headers: &HeaderMap, rules: &Identity) -> IpAddr {
-    let trusted = |ip: &IpAddr| {
-        rules
-            .trusted_proxies
-            .iter()
-            .any(|network| network.contains(ip))
-    };
-    let peer = peer.to_canonical();
-    if !trusted(&peer) {
-        return peer;
+pub fn client(peer: Peer, headers: &HeaderMap, rules: &Identity) -> Option<IpAddr> {
+    if let Some(ip) = peer.ip().filter(|ip| !rules.trusts(*ip)) {
+        return Some(ip);
     }
-    let mut told: Vec<IpAddr> = forwarded_for(headers).collect();
-    while let Some(ip) = told.pop() {
-        if !trusted(&ip) {
-            return ip;
-        }
-    }
-    peer
+    let told: Vec<IpAddr> = forwarded_for(headers).collect();
+    let client = told.into_iter().rev().find(|ip| !rules.trusts(*ip));
+    client.or(peer.ip())
 }
 
 /// The addresses in `X-Forwarded-For`, the client's first. What is no address is left out.
@@ -107,7 +175,6 @@ fn looks_like(name: &HeaderName, header: &HeaderName) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use http::HeaderValue;
 
     fn rules() -> Identity {
         Identity {
@@ -116,6 +183,7 @@ mod tests {
                 "127.0.0.0/8".parse().unwrap(),
                 "10.1.0.0/16".parse().unwrap(),
             ],
+            jwt: None,
         }
     }
 
@@ -125,7 +193,8 @@ mod tests {
             let value = HeaderValue::from_bytes(value.as_bytes()).unwrap();
             map.append(name.parse::<HeaderName>().unwrap(), value);
         }
-        who(peer.parse().unwrap(), &map, &rules()).map(str::to_owned)
+        let peer = Peer::Address(peer.parse().unwrap());
+        futures_util::FutureExt::now_or_never(who(peer, &map, &rules(), None)).unwrap()
     }
 
     #[test]
@@ -203,7 +272,8 @@ mod tests {
         let client = |peer: &str, chain: &str| {
             let mut headers = HeaderMap::new();
             headers.insert("x-forwarded-for", HeaderValue::from_str(chain).unwrap());
-            super::client(peer.parse().unwrap(), &headers, &rules()).to_string()
+            let peer = Peer::Address(peer.parse().unwrap());
+            super::client(peer, &headers, &rules()).unwrap().to_string()
         };
         assert_eq!(client("127.0.0.1", "198.51.100.1"), "198.51.100.1");
         assert_eq!(

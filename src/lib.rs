@@ -2,7 +2,8 @@
 //!
 //! A request walks down this list and never back up; [`dispatch`] alone calls the rooms.
 //!
-//! 1. [`identity`]: the socket peer and the headers say who is asking.
+//! 0. [`downstream`]: a connection, if there is room for it, and a [`head`] that comes in time and has one meaning only.
+//! 1. [`identity`]: the socket peer and the headers say who is asking, and a signed token ([`jwt`]) where there has to be one.
 //! 2. [`table`]: who is asking says which instance is theirs.
 //! 3. [`session`]: the request's kind, its cookies and the instance's answer say whether to proxy or to pair.
 //! 4. [`pair`]: a credential from [`mint`], exchanged for the session cookie, which is relayed to the browser.
@@ -13,10 +14,10 @@
 //!
 //! Beside the walk stand [`refuse`] (every answer that is a refusal), [`events`] (every log line and metric), [`ledger`]
 //! (a line for each WebSocket that ended), [`evidence`] (what was seen of legs, instances and this process), [`probe`] (the
-//! echo with its far ends of legs, the legs to instances, the host; and the prober, which holds legs to the echo), [`config`]
-//! (settings), [`server`] (listeners and signals), [`upgrade`] (handing over to a new process), [`admin`] (the operator's
-//! listener), [`story`] (a drop in words), which [`explain`] tells the operator and [`page`] the person, [`check`] and
-//! [`cli`].
+//! echo with its far ends of legs, the legs to instances, the host; and the prober, which holds legs to the echo), [`https`]
+//! (our requests to servers that are no instances), [`config`] (settings), [`listen`] (addresses and sockets), [`server`]
+//! (listeners and signals), [`upgrade`] (handing over to a new process), [`admin`] (the operator's listener), [`story`] (a
+//! drop in words), which [`explain`] tells the operator and [`page`] the person, [`check`] and [`cli`].
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
@@ -26,15 +27,20 @@ pub mod cli;
 pub mod close;
 pub mod config;
 pub mod dispatch;
+pub mod downstream;
 pub mod events;
 pub mod evidence;
 pub mod explain;
 pub mod forward;
 pub mod gate;
+pub mod head;
+pub mod https;
 pub mod identity;
 pub mod instance;
 pub mod judge;
+pub mod jwt;
 pub mod ledger;
+pub mod listen;
 pub mod mint;
 pub mod page;
 pub mod pair;

@@ -9,6 +9,7 @@ use pingora::Result;
 use pingora::http::ResponseHeader;
 use pingora::proxy::Session;
 
+use crate::head::HeadError;
 use crate::identity::IdentityError;
 
 /// Header that carries [`Refusal::code`], for machines and for the operator's log of the edge.
@@ -21,6 +22,10 @@ pub enum Refusal {
     UntrustedProxy(IpAddr),
     /// The identity header is there twice or in a look-alike spelling.
     AmbiguousIdentity(HeaderName),
+    /// The identity header and the token name two people, or the token proves nothing.
+    BadToken(IdentityError),
+    /// No token can be verified yet.
+    NoKeys,
     /// Nobody is named, or the table has no such name.
     UnknownUser,
     /// The mint failed or took too long.
@@ -51,6 +56,12 @@ pub enum Refusal {
     CrossOrigin,
     /// The request cannot be passed on as it is.
     BadRequest,
+    /// The request's head is not one that can be passed on.
+    Head(HeadError),
+    /// The request's head did not come to its end in time.
+    HeadTooSlow,
+    /// There are as many connections as there may be.
+    TooManyConnections,
     /// A fault of ours.
     Internal,
 }
@@ -69,6 +80,8 @@ impl Refusal {
         match self {
             Refusal::UntrustedProxy(_) => "untrusted-proxy",
             Refusal::AmbiguousIdentity(_) => "ambiguous-identity",
+            Refusal::BadToken(_) => "bad-token",
+            Refusal::NoKeys => "no-keys",
             Refusal::UnknownUser => "unknown-user",
             Refusal::MintFailed => "mint-failed",
             Refusal::MintUnparseable => "mint-unparseable",
@@ -83,7 +96,10 @@ impl Refusal {
             Refusal::NotAWebSocket => "not-a-websocket",
             Refusal::ProbeBusy => "probe-busy",
             Refusal::CrossOrigin => "cross-origin",
-            Refusal::BadRequest => "bad-request",
+            Refusal::Head(HeadError::TooLarge) => "head-too-large",
+            Refusal::BadRequest | Refusal::Head(_) => "bad-request",
+            Refusal::HeadTooSlow => "head-too-slow",
+            Refusal::TooManyConnections => "too-many-connections",
             Refusal::Internal => "internal",
         }
     }
@@ -91,12 +107,17 @@ impl Refusal {
     /// The HTTP status.
     pub fn status(&self) -> StatusCode {
         match self {
-            Refusal::AmbiguousIdentity(_) | Refusal::BadRequest | Refusal::NotAWebSocket => {
-                StatusCode::BAD_REQUEST
-            }
-            Refusal::UntrustedProxy(_) | Refusal::UnknownUser | Refusal::CrossOrigin => {
-                StatusCode::FORBIDDEN
-            }
+            Refusal::Head(HeadError::TooLarge) => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Refusal::AmbiguousIdentity(_)
+            | Refusal::BadToken(IdentityError::Contradiction(_))
+            | Refusal::BadRequest
+            | Refusal::Head(_)
+            | Refusal::NotAWebSocket => StatusCode::BAD_REQUEST,
+            Refusal::HeadTooSlow => StatusCode::REQUEST_TIMEOUT,
+            Refusal::UntrustedProxy(_)
+            | Refusal::BadToken(_)
+            | Refusal::UnknownUser
+            | Refusal::CrossOrigin => StatusCode::FORBIDDEN,
             Refusal::InstanceSilent => StatusCode::GATEWAY_TIMEOUT,
             Refusal::PairingTooOften(_) => StatusCode::TOO_MANY_REQUESTS,
             Refusal::MintFailed | Refusal::MintUnparseable | Refusal::Internal => {
@@ -107,7 +128,10 @@ impl Refusal {
             | Refusal::BootstrapNoCookie
             | Refusal::InstanceUnreachable
             | Refusal::InstanceFailed => StatusCode::BAD_GATEWAY,
-            Refusal::PairingBusy | Refusal::ProbeBusy => StatusCode::SERVICE_UNAVAILABLE,
+            Refusal::PairingBusy
+            | Refusal::ProbeBusy
+            | Refusal::TooManyConnections
+            | Refusal::NoKeys => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 
@@ -116,6 +140,8 @@ impl Refusal {
         match self {
             Refusal::UntrustedProxy(peer) => IdentityError::UntrustedPeer(*peer).to_string(),
             Refusal::AmbiguousIdentity(header) => IdentityError::Ambiguous(header.clone()).to_string(),
+            Refusal::BadToken(error) => error.to_string(),
+            Refusal::NoKeys => IdentityError::NoKeys.to_string(),
             Refusal::UnknownUser => "no t3 instance provisioned for this user".into(),
             Refusal::MintFailed => "pairing mint failed".into(),
             Refusal::MintUnparseable => "unparseable pairing output".into(),
@@ -135,13 +161,19 @@ impl Refusal {
                 "a page of another origin may not open WebSockets: add it to dispatch.tunnels.allowed_origins if it may".into()
             }
             Refusal::BadRequest => "the request cannot be passed on".into(),
+            Refusal::Head(error) => error.to_string(),
+            Refusal::HeadTooSlow => "the head of the request took too long".into(),
+            Refusal::TooManyConnections => "too many connections".into(),
             Refusal::Internal => "internal error".into(),
         }
     }
 
     fn retry_after(&self) -> Option<u64> {
         match self {
-            Refusal::PairingBusy | Refusal::ProbeBusy => Some(5),
+            Refusal::PairingBusy
+            | Refusal::ProbeBusy
+            | Refusal::TooManyConnections
+            | Refusal::NoKeys => Some(5),
             Refusal::PairingTooOften(seconds) => Some(*seconds),
             _ => None,
         }
@@ -160,6 +192,16 @@ impl Refusal {
                 "The request named you more than once. This comes from the sign-on edge or from an add-on in between; \
                  whoever runs this service has to look into it.",
                 false,
+            ),
+            Refusal::BadToken(_) => (
+                "Your sign-in could not be verified",
+                "Sign out and in again. If it stays like this, whoever runs this service has to look into it.",
+                false,
+            ),
+            Refusal::NoKeys => (
+                "Your sign-in cannot be verified yet",
+                "The sign-on service has not answered so far. This page tries again by itself.",
+                true,
             ),
             Refusal::UnknownUser => (
                 "There is no workspace for you yet",
@@ -218,7 +260,19 @@ impl Refusal {
                 "It belongs to another site.",
                 false,
             ),
-            Refusal::BadRequest => (
+            Refusal::Head(HeadError::TooLarge) => (
+                "Your browser sent too much at once",
+                "Most of it are cookies, as a rule. Delete those of this site, then try again.",
+                false,
+            ),
+            // These are answered before anybody knows whether a page would be of use.
+            Refusal::HeadTooSlow => ("This request came too slowly", "Try again.", false),
+            Refusal::TooManyConnections => (
+                "Too many people at once",
+                "Try again in a few seconds.",
+                true,
+            ),
+            Refusal::BadRequest | Refusal::Head(_) => (
                 "This request cannot be passed on",
                 "The browser or something in between sent a request that is not well formed.",
                 false,
@@ -261,6 +315,25 @@ impl Refusal {
             status = self.status().as_u16(),
             signed_in = signed_in,
         )
+    }
+
+    /// The whole answer, for a connection that is closed after it and that Pingora does not answer on.
+    pub fn bare(&self) -> Vec<u8> {
+        let (status, body) = (self.status(), self.sentence() + "\n");
+        let retry = self
+            .retry_after()
+            .map(|seconds| format!("Retry-After: {seconds}\r\n"))
+            .unwrap_or_default();
+        format!(
+            "HTTP/1.1 {} {}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\n\
+             Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n{ERROR_HEADER}: {}\r\n{retry}\
+             Connection: close\r\n\r\n{body}",
+            status.as_u16(),
+            status.canonical_reason().unwrap_or_default(),
+            body.len(),
+            self.code(),
+        )
+        .into_bytes()
     }
 
     /// Answers the request with this refusal: as a page where `page`, else as one plain sentence.

@@ -1,15 +1,11 @@
 //! Listeners, background tasks and signals; no request logic.
 
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use pingora::apps::{HttpServerApp, HttpServerOptions, ReusedHttpStream};
-use pingora::listeners::{L4BufferSettings, ListenerConfig, TcpSocketOptions};
-use pingora::protocols::http::ServerSession;
-use pingora::proxy::{HttpProxy, http_proxy};
+use pingora::proxy::http_proxy;
 use pingora::server::configuration::Opt;
 use pingora::server::{RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora::services::background::{BackgroundService, background_service};
@@ -19,28 +15,22 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::admin::Admin;
-use crate::config::Settings;
-use crate::dispatch::{Dispatcher, requests_in_flight, until_cut};
+use crate::config::{Jwks, Jwt, Listen, Settings};
+use crate::dispatch::{Dispatcher, requests_in_flight};
+use crate::downstream::{Front, LAST_ANSWERS};
 use crate::events;
-use crate::forward::keepalive;
 use crate::judge::{self, Judge};
+use crate::jwt::{KeyError, Keys, Refresher, Tokens};
 use crate::ledger::{self, Ledger};
+use crate::listen::{self, Access, ListenError};
 use crate::mint::end_mints;
-use crate::probe::host;
 use crate::probe::serve::ServeLegs;
 use crate::table::{TableError, Tables, Watcher};
 use crate::tunnel::live;
 use crate::upgrade::{self, Handover, Keeper, Message, UpgradeError};
 
-/// Read buffer of a client's connection. Pingora's default of 64 KiB is kept by every idle WebSocket.
-const READ_BUFFER: usize = 4096;
-
 /// How long SIGTERM waits for requests in flight where `grace_period_seconds` does not say.
 const TERM_GRACE: Duration = Duration::from_secs(8);
-
-/// How long a process that was replaced answers on the connections that clients keep with it, each answer being the last
-/// one, before it closes those that are unused.
-const LAST_ANSWERS: Duration = Duration::from_secs(3);
 
 /// How long a tunnel that is revoked may take to end in good order, before it is cut off.
 const CUT_OFF: Duration = Duration::from_millis(1500);
@@ -70,16 +60,17 @@ pub enum ServeError {
         /// What is wrong with it.
         error: TableError,
     },
-    /// An address is not ours to listen on.
-    #[error("{key}: cannot listen on {address}: {error}")]
-    Listen {
-        /// The setting that names the address.
-        key: &'static str,
-        /// The address.
-        address: SocketAddr,
-        /// What the system said.
-        error: std::io::Error,
+    /// There are no keys to verify tokens with.
+    #[error("dispatch.identity.jwt.jwks: {file} {error}")]
+    Keys {
+        /// The file that has none.
+        file: String,
+        /// What is wrong with it.
+        error: KeyError,
     },
+    /// It cannot listen where it should.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     /// The process could not be set up.
     #[error("cannot start: {0}")]
     Process(#[from] std::io::Error),
@@ -102,6 +93,11 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
         file: dispatch.table.display().to_string(),
         error,
     })?;
+    let access = Access::new(&dispatch)?;
+    let keys = dispatch.identity.jwt.clone().map(Keys::new);
+    if let Some((keys, jwt)) = keys.as_ref().zip(dispatch.identity.jwt.as_ref()) {
+        first_keys(keys, jwt, start.test)?;
+    }
     if start.test {
         println!("settings and table are good");
         return Ok(());
@@ -111,30 +107,17 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
     use_all_descriptors();
     ignore_hangup_until_ready()?;
     if !start.upgrade {
-        // Pingora retries for half a minute and then panics; the operator deserves a sentence.
-        let listen = dispatch
-            .listen
-            .iter()
-            .map(|address| ("dispatch.listen", *address));
-        let mut held = Vec::new();
-        for (key, address) in listen.chain([("dispatch.admin", dispatch.admin)]) {
-            let tried = std::net::TcpListener::bind(address);
-            held.push(tried.map_err(|error| ServeError::Listen {
-                key,
-                address,
-                error,
-            })?);
-        }
+        listen::try_all(&dispatch, &access)?;
     }
     if dispatch.tunnels.per_user_metrics {
         events::count_by_user();
     }
 
-    let listen: Vec<String> = dispatch.listen.iter().map(SocketAddr::to_string).collect();
     let admin_address = dispatch.admin.to_string();
-    let addresses = listen
+    let addresses = dispatch
+        .listen
         .iter()
-        .cloned()
+        .map(listen::key)
         .chain([admin_address.clone()])
         .collect();
     let handover = Handover::new(
@@ -170,20 +153,20 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
         rules.stall(),
         rules.watchdog * 2,
     );
-    let dispatcher = Dispatcher::new(dispatch.clone(), tables.clone());
-    let proxy = LastAnswers {
-        proxy: Arc::new(http_proxy(&server.configuration, dispatcher)),
-    };
-    let mut proxy = Service::new("dispatch".into(), proxy);
-    for address in &listen {
-        let mut options = TcpSocketOptions::default();
-        options.tcp_keepalive = Some(keepalive());
-        let buffers = L4BufferSettings::default().read(READ_BUFFER);
-        proxy.add_listener(
-            ListenerConfig::tcp(address.clone())
-                .tcp_socket_options(options)
-                .l4_buffer(buffers),
-        );
+    let tokens = keys
+        .clone()
+        .zip(dispatch.identity.jwt.as_ref())
+        .map(|(keys, jwt)| Tokens::new(jwt, keys));
+    let dispatcher = Dispatcher::new(dispatch.clone(), tables.clone(), tokens);
+    let front = Front::new(
+        http_proxy(&server.configuration, dispatcher),
+        room(dispatch.max_connections as usize),
+        dispatch.max_connections_per_address as usize,
+        dispatch.identity.clone(),
+    );
+    let mut proxy = Service::new("dispatch".into(), front);
+    for place in &dispatch.listen {
+        proxy.add_listener(listen::endpoint(place, &access));
     }
     let mut admin = Service::new(
         "admin".into(),
@@ -198,6 +181,9 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
         "table",
         Watcher::new(tables.clone(), dispatch.table_poll),
     ));
+    if let Some(keys) = keys {
+        server.add_service(background_service("keys", Refresher(keys)));
+    }
     server.add_service(background_service("judge", judge));
     server.add_service(background_service("serve-legs", serve_legs));
     server.add_service(background_service(
@@ -212,7 +198,8 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
         handover,
         ledger,
         upgraded: start.upgrade,
-        listen: listen.join(","),
+        listen: dispatch.listen.clone(),
+        access,
         term_grace,
         drain_limit,
     };
@@ -220,33 +207,6 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
         shutdown_signal: Box::new(signals),
     });
     Ok(())
-}
-
-/// Pingora's proxy, but for the way it stops: at once it would drop the connections that clients keep, and a request that
-/// is on its way on one of them would be lost.
-struct LastAnswers {
-    proxy: Arc<HttpProxy<Dispatcher>>,
-}
-
-#[async_trait]
-impl HttpServerApp for LastAnswers {
-    async fn process_new_http(
-        self: &Arc<Self>,
-        session: ServerSession,
-        shutdown: &ShutdownWatch,
-    ) -> Option<ReusedHttpStream> {
-        host::watch();
-        until_cut(self.proxy.process_new_http(session, shutdown)).await
-    }
-
-    fn server_options(&self) -> Option<&HttpServerOptions> {
-        self.proxy.server_options()
-    }
-
-    async fn http_cleanup(&self) {
-        tokio::time::sleep(LAST_ANSWERS).await;
-        self.proxy.http_cleanup().await;
-    }
 }
 
 /// Ends the tunnels of people who lost their instance, in a process that was replaced too.
@@ -294,6 +254,41 @@ fn use_all_descriptors() {
     );
 }
 
+/// File descriptors for everything but connections.
+const OTHER_DESCRIPTORS: u64 = 256;
+
+/// How many connections there is room for: as many as wanted, if the file descriptors suffice for two each.
+fn room(wanted: usize) -> usize {
+    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let possible = descriptors.map_or(usize::MAX, |all| {
+        usize::try_from(all.saturating_sub(OTHER_DESCRIPTORS) / 2).unwrap_or(usize::MAX)
+    });
+    if possible < wanted {
+        events::settings_warning(&format!(
+            "dispatch.max_connections: there are file descriptors for {possible} connections only; raise the limit (LimitNOFILE=)"
+        ));
+    }
+    wanted.min(possible).max(2)
+}
+
+/// Fetches the keys that tokens are verified with, so that nobody has to wait for them. A server that is down may come up
+/// again; a file has to be there.
+fn first_keys(keys: &Keys, jwt: &Jwt, test: bool) -> Result<(), ServeError> {
+    if test && matches!(jwt.jwks, Jwks::Url(_)) {
+        return Ok(());
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    match (runtime.block_on(keys.refresh()), &jwt.jwks) {
+        (Err(error), Jwks::File(path)) => Err(ServeError::Keys {
+            file: path.display().to_string(),
+            error,
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// A hangup would kill the process until somebody listens for it. Having listened once is enough, for good.
 fn ignore_hangup_until_ready() -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -325,7 +320,8 @@ struct Signals {
     handover: Arc<Handover>,
     ledger: Ledger,
     upgraded: bool,
-    listen: String,
+    listen: Vec<Listen>,
+    access: Access,
     term_grace: Duration,
     drain_limit: Duration,
 }
@@ -438,12 +434,16 @@ async fn outcome(attempt: &mut Option<Attempt>) -> Result<u32, UpgradeError> {
 impl Signals {
     /// Waits until this process serves, then tells everybody who should know.
     async fn serving(&self, messages: mpsc::Sender<Message>) {
-        match self.handover.serving(self.upgraded).await {
+        if let Err(error) = self.handover.listening().await {
+            events::not_serving(&error);
+            std::process::exit(1);
+        }
+        if let Err(error) = self.access.grant(&self.listen) {
+            events::not_serving(&error);
+            std::process::exit(1);
+        }
+        match self.handover.word(self.upgraded).await {
             Ok(()) => {}
-            Err(error @ UpgradeError::Listen { .. }) => {
-                events::not_serving(&error);
-                std::process::exit(1);
-            }
             // The predecessor may be gone, or of an older kind; there is nobody else to serve.
             Err(error) => events::predecessor_silent(&error),
         }
@@ -451,7 +451,8 @@ impl Signals {
             events::control_failed(&self.handover.upgrade_sock, &error);
         }
         upgrade::notify(NotifyState::Ready);
-        events::started(&self.listen, self.tables.current().len());
+        let listen: Vec<String> = self.listen.iter().map(Listen::to_string).collect();
+        events::started(&listen.join(","), self.tables.current().len());
     }
 
     /// Begins to hand over, unless that is under way already.

@@ -120,17 +120,17 @@ impl Handover {
             .collect()
     }
 
-    /// Waits until this process serves. One that was started to take over then waits for its predecessor's word.
+    /// Waits until this process listens everywhere.
     ///
     /// # Errors
-    /// When an address is not to be had, or the predecessor does not give its word.
-    pub async fn serving(&self, upgrade: bool) -> Result<(), UpgradeError> {
+    /// When an address is not to be had.
+    pub async fn listening(&self) -> Result<(), UpgradeError> {
         let start = Instant::now();
         while let [address, ..] = self.missing()[..] {
             // Pingora tries for half a minute, and then goes on without the address.
             if start.elapsed() > BIND
                 && self.listeners.get().is_some()
-                && let Err(error) = std::net::TcpListener::bind(address.as_str())
+                && let Err(error) = crate::listen::is_free(address)
             {
                 return Err(UpgradeError::Listen {
                     address: address.clone(),
@@ -139,6 +139,14 @@ impl Handover {
             }
             sleep(LOOK).await;
         }
+        Ok(())
+    }
+
+    /// A process that was started to take over waits for its predecessor's word.
+    ///
+    /// # Errors
+    /// When the predecessor does not give its word.
+    pub async fn word(&self, upgrade: bool) -> Result<(), UpgradeError> {
         if !upgrade {
             return Ok(());
         }

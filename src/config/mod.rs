@@ -3,7 +3,9 @@
 //! One YAML file holds Pingora's own keys at its top level and ours under `dispatch`. A file is read whole and every
 //! fault in it is reported at once, each with its key path, the value that was not liked, and what to write instead.
 
+mod jwt;
 pub(crate) mod section;
+pub mod url;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -15,6 +17,7 @@ use ipnet::IpNet;
 use pingora::server::configuration::ServerConf;
 use yaml_serde::{Mapping, Value};
 
+pub use jwt::{Jwks, Jwt};
 pub use section::{ConfigError, Fault, Secret};
 use section::{
     Section, address, at_least_one, duration, filled, leg_name, path, plain, shown, whole,
@@ -34,8 +37,16 @@ pub struct Settings {
 /// The section `dispatch`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Dispatch {
-    /// Addresses that people's requests come in on.
-    pub listen: Vec<SocketAddr>,
+    /// Where people's requests come in.
+    pub listen: Vec<Listen>,
+    /// Mode of the Unix sockets among them.
+    pub listen_mode: u32,
+    /// Group of these sockets, where it is not the service's own.
+    pub listen_group: Option<String>,
+    /// Connections that clients may hold at once.
+    pub max_connections: u32,
+    /// Connections that one address may hold that may not name people.
+    pub max_connections_per_address: u32,
     /// Address of `/metrics`, `/healthz` and `/readyz` for the operator.
     pub admin: SocketAddr,
     /// Path of the dispatch table.
@@ -54,6 +65,24 @@ pub struct Dispatch {
     pub probe: Probe,
 }
 
+/// A place to listen at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Listen {
+    /// An address and a port.
+    Tcp(SocketAddr),
+    /// A Unix socket, by the path of its file.
+    Unix(PathBuf),
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Listen::Tcp(address) => address.fmt(f),
+            Listen::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
 /// The section `dispatch.identity`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Identity {
@@ -61,6 +90,8 @@ pub struct Identity {
     pub header: HeaderName,
     /// Socket peers whose header is believed.
     pub trusted_proxies: Vec<IpNet>,
+    /// How a signed token says it as well, where one has to.
+    pub jwt: Option<Jwt>,
 }
 
 /// The section `dispatch.session`.
@@ -189,7 +220,15 @@ impl Settings {
 impl Dispatch {
     fn read(mut section: Section<'_>) -> Dispatch {
         let dispatch = Dispatch {
-            listen: section.take_list("listen", &["0.0.0.0:3780"], address),
+            listen: section.take_list("listen", &["0.0.0.0:3780"], listen),
+            listen_mode: section.take("listen_mode", "0660", mode),
+            listen_group: section.take("listen_group", None::<()>, Ok),
+            max_connections: section.take("max_connections", 20_000, at_least_one),
+            max_connections_per_address: section.take(
+                "max_connections_per_address",
+                100,
+                at_least_one,
+            ),
             admin: section.take("admin", "127.0.0.1:3781", address),
             table: section.take("table", "/etc/t3-serve/dispatch.json", |path: PathBuf| {
                 filled(path, |path| path.as_os_str().is_empty(), "a path")
@@ -204,6 +243,13 @@ impl Dispatch {
                         &["127.0.0.0/8", "::1/128"],
                         network,
                     ),
+                    jwt: {
+                        let written = section.is_written("jwt");
+                        let mut section = section.section("jwt");
+                        let jwt = written.then(|| Jwt::read(&mut section)).flatten();
+                        section.finish();
+                        jwt
+                    },
                 };
                 section.finish();
                 identity
@@ -301,18 +347,17 @@ impl Dispatch {
         if dispatch.pairing.endpoints.is_empty() && !section.is_faulty("pairing.endpoints") {
             section.fault("pairing.endpoints", "is empty: write at least one path");
         }
-        for (position, address) in dispatch.listen.iter().enumerate() {
+        // Where one of them means nothing, the others' places are not what they were.
+        let whole = !section.is_faulty("listen[");
+        for (position, address) in dispatch.listen.iter().enumerate().filter(|_| whole) {
             let earlier = &dispatch.listen[..position];
             if let Some(other) = earlier.iter().find(|other| overlap(address, other)) {
                 let what = format!("{address} is taken by {other} already: leave one of them out");
                 section.fault(&format!("listen[{position}]"), what);
             }
         }
-        if let Some(other) = dispatch
-            .listen
-            .iter()
-            .find(|other| overlap(&dispatch.admin, other))
-        {
+        let admin = Listen::Tcp(dispatch.admin);
+        if let Some(other) = dispatch.listen.iter().find(|other| overlap(&admin, other)) {
             let what = format!(
                 "{} is taken by {other} in dispatch.listen: give it a port of its own",
                 dispatch.admin
@@ -377,11 +422,41 @@ fn read_pingora(top: Mapping, faults: &mut Vec<Fault>) -> (ServerConf, Vec<Strin
 }
 
 /// Whether both cannot be listened on at once. An unspecified IPv6 address takes IPv4 too.
-fn overlap(a: &SocketAddr, b: &SocketAddr) -> bool {
+fn overlap(a: &Listen, b: &Listen) -> bool {
+    let (a, b) = match (a, b) {
+        (Listen::Tcp(a), Listen::Tcp(b)) => (a, b),
+        (Listen::Unix(a), Listen::Unix(b)) => return a == b,
+        _ => return false,
+    };
     let covers = |one: &SocketAddr, other: &SocketAddr| {
         one.ip().is_unspecified() && (one.is_ipv6() || other.is_ipv4())
     };
     a.port() == b.port() && (a.ip() == b.ip() || covers(a, b) || covers(b, a))
+}
+
+fn listen(text: String) -> Result<Listen, String> {
+    let Some(path) = text.strip_prefix("unix:") else {
+        return address(text).map(Listen::Tcp).map_err(|what| {
+            what + ", or unix: and the path of a socket, for example unix:/run/t3-dispatch/http.sock"
+        });
+    };
+    // The kernel's limit for the path of a socket.
+    if path.starts_with('/') && path.len() < 108 && !path.contains('\0') {
+        Ok(Listen::Unix(path.into()))
+    } else {
+        Err(format!(
+            "{path:?} is not the path of a socket: it begins with / and has less than 108 bytes"
+        ))
+    }
+}
+
+fn mode(text: String) -> Result<u32, String> {
+    match u32::from_str_radix(&text, 8) {
+        Ok(mode) if (3..=4).contains(&text.len()) && mode & !0o777 == 0 => Ok(mode),
+        _ => Err(format!(
+            "{text:?} is not the mode of a socket: write it in quotation marks, for example \"0660\""
+        )),
+    }
 }
 
 fn network(text: String) -> Result<IpNet, String> {

@@ -6,6 +6,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
+use tokio_rustls::rustls::pki_types::CertificateDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
 use yaml_serde::{Mapping, Value};
 
 /// One thing that is wrong with the settings.
@@ -379,4 +381,29 @@ pub(crate) fn leg_name(text: String) -> Result<String, String> {
             "{text:?} is not the name of a leg: write up to 32 of a-z, 0-9, - and _"
         ))
     }
+}
+
+/// The certificates in a PEM file, each of which can be believed.
+pub(crate) fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let shown = file.display();
+    let pem =
+        std::fs::read(file).map_err(|error| format!("\"{shown}\" cannot be read: {error}"))?;
+    let found: Vec<_> = CertificateDer::pem_slice_iter(&pem)
+        .collect::<Result<_, _>>()
+        .map_err(|error| format!("\"{shown}\" is not a file of PEM certificates: {error}"))?;
+    if found.is_empty() {
+        return Err(format!(
+            "\"{shown}\" holds no certificate: write a file with -----BEGIN CERTIFICATE-----"
+        ));
+    }
+    let mut roots = tokio_rustls::rustls::RootCertStore::empty();
+    for (position, certificate) in found.iter().enumerate() {
+        roots.add(certificate.clone()).map_err(|error| {
+            format!(
+                "\"{shown}\": certificate {} is not usable: {error}",
+                position + 1
+            )
+        })?;
+    }
+    Ok(found)
 }

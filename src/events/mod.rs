@@ -19,6 +19,8 @@ use prometheus::{
 };
 
 use crate::close::Cause;
+use crate::config::Jwks;
+use crate::jwt::KeyError;
 use crate::ledger;
 use crate::pair::{PairError, Paired};
 use crate::refuse::Refusal;
@@ -36,6 +38,8 @@ pub use evidence::{
 struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
+    connections: IntGauge,
+    connections_refused: IntCounterVec,
     first_byte: HistogramVec,
     pairings: IntCounterVec,
     mint: Histogram,
@@ -43,6 +47,8 @@ struct Metrics {
     table_reloads: IntCounterVec,
     table_good: Gauge,
     table_users: IntGauge,
+    keys: IntGauge,
+    key_refreshes: IntCounterVec,
     upstream_errors: IntCounterVec,
     tunnels_open: IntGauge,
     tunnels_opened: IntCounter,
@@ -54,44 +60,53 @@ struct Metrics {
     ledger_lost: IntCounter,
 }
 
-static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
-    let registry = Registry::new();
-    let counter = |name: &str, help: &str, labels: &[&str]| {
-        let counter = IntCounterVec::new(Opts::new(name, help), labels).expect("a valid metric");
-        register(&registry, &counter);
-        counter
-    };
-    let single = |name: &str, help: &str| {
-        let counter = IntCounter::new(name, help).expect("a valid metric");
-        register(&registry, &counter);
-        counter
-    };
-    let bytes = counter(
-        "t3dispatch_tunnel_bytes_total",
-        "Bytes in WebSockets, by who sent them.",
-        &["from"],
-    );
-    let messages = counter(
-        "t3dispatch_tunnel_messages_total",
-        "Messages in WebSockets, by who sent them.",
-        &["from"],
-    );
-    let seconds = |name: &str, help: &str, buckets: &[f64]| {
-        HistogramOpts::new(name, help).buckets(buckets.to_vec())
-    };
-    let build = IntGaugeVec::new(
-        Opts::new("t3dispatch_build_info", "Always 1; the version is a label."),
-        &["version"],
-    )
-    .expect("a valid metric");
-    register(&registry, &build);
-    build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+static METRICS: LazyLock<Metrics> =
+    LazyLock::new(|| {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str, labels: &[&str]| {
+            let counter =
+                IntCounterVec::new(Opts::new(name, help), labels).expect("a valid metric");
+            register(&registry, &counter);
+            counter
+        };
+        let single = |name: &str, help: &str| {
+            let counter = IntCounter::new(name, help).expect("a valid metric");
+            register(&registry, &counter);
+            counter
+        };
+        let bytes = counter(
+            "t3dispatch_tunnel_bytes_total",
+            "Bytes in WebSockets, by who sent them.",
+            &["from"],
+        );
+        let messages = counter(
+            "t3dispatch_tunnel_messages_total",
+            "Messages in WebSockets, by who sent them.",
+            &["from"],
+        );
+        let seconds = |name: &str, help: &str, buckets: &[f64]| {
+            HistogramOpts::new(name, help).buckets(buckets.to_vec())
+        };
+        let build = IntGaugeVec::new(
+            Opts::new("t3dispatch_build_info", "Always 1; the version is a label."),
+            &["version"],
+        )
+        .expect("a valid metric");
+        register(&registry, &build);
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
 
-    let metrics = Metrics {
+        let metrics = Metrics {
         requests: counter(
             "t3dispatch_requests_total",
             "Requests by what became of them and by class of status.",
             &["outcome", "status"],
+        ),
+        connections: IntGauge::new("t3dispatch_connections_open", "Connections that clients hold.")
+            .expect("a valid metric"),
+        connections_refused: counter(
+            "t3dispatch_connections_refused_total",
+            "Connections that were ended before there was a whole request on them, by error code.",
+            &["code"],
         ),
         first_byte: HistogramVec::new(
             seconds(
@@ -136,6 +151,16 @@ static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
             "Users in the dispatch table in force.",
         ))
         .expect("a valid metric"),
+        keys: IntGauge::new(
+            "t3dispatch_identity_keys",
+            "Keys in force that tokens are verified with.",
+        )
+        .expect("a valid metric"),
+        key_refreshes: counter(
+            "t3dispatch_identity_key_refreshes_total",
+            "Times that the keys were asked for, by result.",
+            &["result"],
+        ),
         upstream_errors: counter(
             "t3dispatch_upstream_errors_total",
             "Requests that an instance did not answer, by kind of error.",
@@ -186,25 +211,36 @@ static METRICS: LazyLock<Metrics> = LazyLock::new(|| {
         ),
         registry: registry.clone(),
     };
-    register(&registry, &metrics.tunnels_open);
-    register(&registry, &metrics.tunnel_duration);
-    register(&registry, &metrics.ws_gap);
-    for cause in Cause::ALL {
-        metrics.tunnel_closes.with_label_values(&[cause.as_str()]);
-    }
-    register(&registry, &metrics.first_byte);
-    register(&registry, &metrics.mint);
-    register(&registry, &metrics.table_good);
-    register(&registry, &metrics.table_users);
-    // A series that appears only with its first event makes rate() miss that event.
-    for result in ["ok", "failed"] {
-        metrics.table_reloads.with_label_values(&[result]);
-    }
-    for result in ["alive", "dead", "unknown"] {
-        metrics.session_checks.with_label_values(&[result]);
-    }
-    metrics
-});
+        register(&registry, &metrics.connections);
+        register(&registry, &metrics.tunnels_open);
+        register(&registry, &metrics.tunnel_duration);
+        register(&registry, &metrics.ws_gap);
+        for cause in Cause::ALL {
+            metrics.tunnel_closes.with_label_values(&[cause.as_str()]);
+        }
+        register(&registry, &metrics.first_byte);
+        register(&registry, &metrics.mint);
+        register(&registry, &metrics.table_good);
+        register(&registry, &metrics.table_users);
+        register(&registry, &metrics.keys);
+        // A series that appears only with its first event makes rate() miss that event.
+        for code in [
+            "bad-request",
+            "head-too-large",
+            "head-too-slow",
+            "too-many-connections",
+        ] {
+            metrics.connections_refused.with_label_values(&[code]);
+        }
+        for result in ["ok", "failed"] {
+            metrics.table_reloads.with_label_values(&[result]);
+            metrics.key_refreshes.with_label_values(&[result]);
+        }
+        for result in ["alive", "dead", "unknown"] {
+            metrics.session_checks.with_label_values(&[result]);
+        }
+        metrics
+    });
 
 fn register(registry: &Registry, metric: &(impl prometheus::core::Collector + Clone + 'static)) {
     registry
@@ -320,7 +356,7 @@ pub fn replaced(pid: u32) {
 }
 
 /// The process gives up before it serves.
-pub fn not_serving(error: &UpgradeError) {
+pub fn not_serving(error: &dyn std::error::Error) {
     error!("not-serving error={:?}", error.to_string());
 }
 
@@ -370,6 +406,47 @@ pub fn refused(refusal: &Refusal, user: Option<&str>) {
         Some(user) => info!("refused code={code} status={status} user={}", Word(user)),
         None => info!("refused code={code} status={status}"),
     }
+}
+
+/// The keys that tokens are verified with are fresh.
+pub fn keys_refreshed(source: &Jwks, keys: usize) {
+    METRICS.key_refreshes.with_label_values(&["ok"]).inc();
+    // The first time, and when their number changes: the rest is a matter for metrics.
+    if METRICS.keys.get() != keys as i64 {
+        info!(
+            "identity-keys keys={keys} source={}",
+            Word(&source.to_string())
+        );
+    }
+    METRICS.keys.set(keys as i64);
+}
+
+/// Their source has none; those that there were stay in force.
+pub fn keys_failed(source: &Jwks, error: &KeyError, kept: usize) {
+    METRICS.key_refreshes.with_label_values(&["failed"]).inc();
+    warn!(
+        "identity-keys-failed kept={kept} source={} error={:?}",
+        Word(&source.to_string()),
+        error.to_string()
+    );
+}
+
+/// So many connections are open.
+pub fn connections(open: usize) {
+    METRICS.connections.set(open as i64);
+}
+
+/// A connection was ended before there was a whole request on it. Whoever floods us does not flood the log.
+pub fn connection_refused(refusal: &Refusal) {
+    METRICS
+        .connections_refused
+        .with_label_values(&[refusal.code()])
+        .inc();
+}
+
+/// There are as many connections as there may be.
+pub fn full(connections: usize) {
+    warn!("full connections={connections}");
 }
 
 /// A mint has ended, one way or the other.

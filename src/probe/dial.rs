@@ -7,20 +7,19 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Empty};
-use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite};
+use http_body_util::Empty;
 use tokio::net::TcpStream;
-use tokio::time::{timeout, timeout_at};
+use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::client::Resumption;
-use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::ServerName;
-use tokio_rustls::rustls::{self, CertificateError, ClientConfig, RootCertStore};
+use tokio_rustls::rustls::{self, CertificateError, ClientConfig};
 use tokio_tungstenite::tungstenite::error::{Error, ProtocolError};
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::{WebSocketStream, client_async_with_config};
+
+use crate::https::{self, Connection, ExchangeError, TlsError};
 
 use super::reason::{Failure, Reason};
 use super::resolve;
@@ -50,26 +49,8 @@ pub struct Steps {
     pub echo: Option<Duration>,
 }
 
-/// A byte stream to the server, with or without TLS.
-pub trait Connection: AsyncRead + AsyncWrite + Send + Unpin {}
-
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Connection for T {}
-
 /// An open WebSocket.
 pub type Socket = WebSocketStream<Box<dyn Connection>>;
-
-/// Why there can be no connections at all.
-#[derive(Debug, thiserror::Error)]
-pub enum TlsError {
-    /// A leg speaks TLS and could believe nobody.
-    #[error(
-        "the system has no certificate authorities: install them (ca-certificates), or name a probe.ca_file"
-    )]
-    NoRoots,
-    /// The TLS library refuses.
-    #[error("TLS cannot be set up: {0}")]
-    Refused(#[from] rustls::Error),
-}
 
 /// What all connections are made with. No two share anything but this.
 pub struct Dialer {
@@ -85,23 +66,11 @@ impl Dialer {
     /// # Errors
     /// When a leg speaks TLS and no authority is known.
     pub fn new(settings: &Settings) -> Result<Dialer, TlsError> {
-        let mut roots = RootCertStore::empty();
-        roots.add_parsable_certificates(settings.roots.iter().cloned());
         let needed = settings
             .legs
             .iter()
             .any(|leg| leg.url.tls || matches!(leg.resolve, Resolve::Https(_)));
-        if needed {
-            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-            if roots.is_empty() {
-                return Err(TlsError::NoRoots);
-            }
-        }
-        let mut tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let mut tls = https::tls(&settings.roots, needed)?;
         // Each connection looks at the certificate anew, and none resumes what another leg began.
         tls.resumption = Resumption::disabled();
         let authorization = settings.token.as_ref().and_then(|token| {
@@ -189,41 +158,11 @@ impl Dialer {
             let what = format!("no whole answer within {limit:?}");
             Failure::new(Reason::RttTimeout, what)
         };
-        let broken = |error: hyper::Error| {
-            Failure::new(
-                Reason::IoError,
-                format!("instead of an answer: {}", chain(&error)),
-            )
-        };
-        let deadline = tokio::time::Instant::now() + limit;
-        let exchange = async {
-            let (mut sender, connection) =
-                hyper::client::conn::http1::handshake(TokioIo::new(stream))
-                    .await
-                    .map_err(broken)?;
-            let ask = async {
-                let response = sender.send_request(request).await.map_err(broken)?;
-                let (head, body) = response.into_parts();
-                if head.status == StatusCode::OK {
-                    let whole = http_body_util::Limited::new(body, ANSWER).collect().await;
-                    whole.map_err(|error| {
-                        let what = format!("within the answer: {error}");
-                        Failure::new(Reason::IoError, what)
-                    })?;
-                }
-                Ok(Response::from_parts(head, ()))
-            };
-            tokio::pin!(connection, ask);
-            // The connection does the work for the request, and may be done first.
-            let mut open = true;
-            loop {
-                tokio::select! {
-                    answer = &mut ask => return answer,
-                    _ = &mut connection, if open => open = false,
-                }
-            }
-        };
-        let answer = timeout_at(deadline, exchange).await.map_err(|_| late())??;
+        let broken = |error: ExchangeError| Failure::new(Reason::IoError, error.to_string());
+        let answer = timeout(limit, https::exchange(stream, request, ANSWER))
+            .await
+            .map_err(|_| late())?
+            .map_err(broken)?;
         if answer.status() != StatusCode::OK {
             return Err(answered(&answer));
         }
@@ -353,15 +292,4 @@ fn answered<T>(response: &Response<T>) -> Failure {
         what += &format!(" to {place}");
     }
     Failure::new(Reason::Http(status.as_u16()), what)
-}
-
-/// An error with its causes, which hyper leaves out of its text.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text += &format!(": {cause}");
-        next = cause.source();
-    }
-    text
 }

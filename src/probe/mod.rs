@@ -15,7 +15,6 @@ mod once;
 mod reason;
 mod resolve;
 pub mod settings;
-mod url;
 pub mod view;
 
 use std::sync::Arc;
@@ -27,8 +26,9 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use crate::https::TlsError;
 use board::Board;
-use dial::{Dialer, TlsError};
+use dial::Dialer;
 use leg::{GOODBYE, Runner};
 use metrics::{ListenError, Metrics};
 use settings::Settings;

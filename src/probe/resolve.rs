@@ -19,7 +19,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use super::reason::{Failure, Reason};
 use super::settings::{Leg, Resolve};
-use super::url::Target;
+use crate::config::url::Target;
 
 /// Whether there is a name to look up at all.
 pub fn is_needed(leg: &Leg) -> bool {

@@ -7,13 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio_rustls::rustls::pki_types::CertificateDer;
-use tokio_rustls::rustls::pki_types::pem::PemObject;
 use yaml_serde::Value;
 
-use crate::config::section::{self, Section, address, duration, leg_name, plain};
+use crate::config::section::{self, Section, address, certificates, duration, leg_name, plain};
+use crate::config::url::{Target, target};
 use crate::config::{ConfigError, Fault, Secret};
-
-use super::url::{Target, target};
 
 /// The dispatcher holds so many echoes for one address.
 const MOST_LEGS: usize = 16;
@@ -277,30 +275,6 @@ fn resolve(text: String) -> Result<Resolve, String> {
         "{text:?} is no way to resolve: write system, an address such as 192.0.2.7 or 192.0.2.7:8443, or the URL of a \
          server for DNS over HTTPS such as https://1.1.1.1/dns-query"
     ))
-}
-
-fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let shown = file.display();
-    let pem =
-        std::fs::read(file).map_err(|error| format!("\"{shown}\" cannot be read: {error}"))?;
-    let found: Vec<_> = CertificateDer::pem_slice_iter(&pem)
-        .collect::<Result<_, _>>()
-        .map_err(|error| format!("\"{shown}\" is not a file of PEM certificates: {error}"))?;
-    if found.is_empty() {
-        return Err(format!(
-            "\"{shown}\" holds no certificate: write a file with -----BEGIN CERTIFICATE-----"
-        ));
-    }
-    let mut roots = tokio_rustls::rustls::RootCertStore::empty();
-    for (position, certificate) in found.iter().enumerate() {
-        roots.add(certificate.clone()).map_err(|error| {
-            format!(
-                "\"{shown}\": certificate {} is not usable: {error}",
-                position + 1
-            )
-        })?;
-    }
-    Ok(found)
 }
 
 #[cfg(test)]

@@ -490,7 +490,6 @@ fn millis(duration: Duration) -> u64 {
 
 /// The addresses that a request came over: what the edges forwarded, then our own peer.
 pub fn chain(headers: &http::HeaderMap, peer: Option<IpAddr>) -> Vec<String> {
-    let peer = peer.map(|ip| ip.to_canonical());
     forwarded_for(headers)
         .chain(peer)
         .map(|ip| ip.to_string())

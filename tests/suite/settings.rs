@@ -89,8 +89,12 @@ fn the_sample_has_every_key_with_its_default() {
     let (sampled, default) = (parse(sample), parse(""));
     assert!(sampled.warnings.is_empty(), "{:?}", sampled.warnings);
     assert_eq!(sampled.dispatch, default.dispatch);
-    let source = include_str!("../../src/config/mod.rs");
-    let taken = source
+    let source = concat!(
+        include_str!("../../src/config/mod.rs"),
+        include_str!("../../src/config/jwt.rs")
+    );
+    let taken = source.replace("section.require", "section.take");
+    let taken = taken
         .split("section.take")
         .skip(1)
         .filter_map(|rest| rest.split('"').nth(1));

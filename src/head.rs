@@ -1,0 +1,247 @@
+//! What the head of a request may be, beyond what Pingora sees to: a pure core.
+//!
+//! The edge in front of us reads the same bytes. Where two readers could find different ends of a request, what is the body
+//! of one person's request to the edge might become another person's request here. So whatever is not beyond doubt is
+//! refused, and the connection closed.
+
+/// The longest head, in bytes.
+pub const MOST_BYTES: usize = 64 * 1024;
+
+/// The most header lines of a head.
+pub const MOST_LINES: usize = 128;
+
+/// Why a head is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum HeadError {
+    /// It is longer than a head may be, in bytes or in lines.
+    #[error("the head is larger than {} KiB or {MOST_LINES} lines", MOST_BYTES / 1024)]
+    TooLarge,
+    /// A line does not end with CR LF, or holds a byte that ends a line for some readers.
+    #[error("a line of the head does not end as it should")]
+    LineEnding,
+    /// A line continues the one before it, or is not a name, a colon and a value.
+    #[error("a line of the head is not a header")]
+    NoHeader,
+    /// Where the body ends can be read in more than one way (RFC 9112, section 6.3).
+    #[error("the head does not say beyond doubt where the body ends")]
+    Framing,
+}
+
+/// Looks through a whole head, the request line and the empty line at its end included.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check(head: &[u8]) -> Result<(), HeadError> {
+    if head.len() > MOST_BYTES {
+        return Err(HeadError::TooLarge);
+    }
+    let mut lines = 0;
+    let mut lengths = 0;
+    let mut encodings = 0;
+    let mut start = 0;
+    for end in memchr::memchr_iter(b'\n', head) {
+        let line = head[start..end]
+            .strip_suffix(b"\r")
+            .ok_or(HeadError::LineEnding)?;
+        start = end + 1;
+        if memchr::memchr2(b'\r', 0, line).is_some() {
+            return Err(HeadError::LineEnding);
+        }
+        // The request line is Pingora's to read. It passes over empty lines before it, and so do we.
+        if lines == 0 || line.is_empty() {
+            lines += usize::from(!line.is_empty());
+            continue;
+        }
+        lines += 1;
+        let colon = memchr::memchr(b':', line).ok_or(HeadError::NoHeader)?;
+        let (name, value) = (&line[..colon], line[colon + 1..].trim_ascii());
+        if name.is_empty() || !name.iter().all(u8::is_ascii_graphic) {
+            return Err(HeadError::NoHeader);
+        }
+        if name.eq_ignore_ascii_case(b"content-length") {
+            lengths += 1;
+            if value.is_empty() || !value.iter().all(u8::is_ascii_digit) {
+                return Err(HeadError::Framing);
+            }
+        } else if name.eq_ignore_ascii_case(b"transfer-encoding") {
+            encodings += 1;
+            if !value.eq_ignore_ascii_case(b"chunked") {
+                return Err(HeadError::Framing);
+            }
+        }
+    }
+    if lines > MOST_LINES + 1 {
+        return Err(HeadError::TooLarge);
+    }
+    if lengths + encodings > 1 {
+        return Err(HeadError::Framing);
+    }
+    Ok(())
+}
+
+/// Counts a head while it comes in, so that one without an end is not kept until it has filled the memory.
+#[derive(Debug, Default)]
+pub struct Progress {
+    bytes: usize,
+    lines: usize,
+    /// What the line so far has, but for CR.
+    in_line: bool,
+    ended: bool,
+}
+
+impl Progress {
+    /// Whether anything has come.
+    pub fn has_begun(&self) -> bool {
+        self.bytes > 0
+    }
+
+    /// Whether the empty line at the end of the head has come.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Counts what has come.
+    ///
+    /// # Errors
+    /// When it is more than a head may be.
+    pub fn add(&mut self, bytes: &[u8]) -> Result<(), HeadError> {
+        let mut start = 0;
+        for end in memchr::memchr_iter(b'\n', bytes) {
+            let line = &bytes[start..end];
+            let empty = !self.in_line && is_blank(line);
+            start = end + 1;
+            self.in_line = false;
+            if !empty {
+                self.lines += 1;
+            } else if self.lines > 0 {
+                self.ended = true;
+                break;
+            }
+        }
+        if !self.ended {
+            self.in_line |= !is_blank(&bytes[start..]);
+            start = bytes.len();
+        }
+        self.bytes += start;
+        if self.bytes > MOST_BYTES || self.lines > MOST_LINES + 1 {
+            return Err(HeadError::TooLarge);
+        }
+        Ok(())
+    }
+}
+
+fn is_blank(line: &[u8]) -> bool {
+    line.iter().all(|byte| *byte == b'\r')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn verdict(lines: &str) -> Result<(), HeadError> {
+        check(format!("GET / HTTP/1.1\r\n{lines}\r\n").as_bytes())
+    }
+
+    #[test]
+    fn what_is_beyond_doubt_is_taken() {
+        for lines in [
+            "",
+            "Host: t3.example.com\r\n",
+            "Host:t3.example.com\r\nX-Empty:\r\nCookie: a=b; c=\"d:e\"\r\n",
+            "Content-Length: 5\r\n",
+            "content-length:0\r\n",
+            "Transfer-Encoding: chunked\r\n",
+            "TRANSFER-ENCODING:\tCHUNKED \r\n",
+            "X-Content-Length: 5, 6\r\nX: Transfer-Encoding: gzip\r\n",
+        ] {
+            assert_eq!(verdict(lines), Ok(()), "{lines:?}");
+        }
+        assert_eq!(check(b"\r\nGET / HTTP/1.1\r\n\r\n"), Ok(()));
+    }
+
+    #[test]
+    fn what_two_readers_could_read_differently_is_not() {
+        use HeadError::{Framing, LineEnding, NoHeader};
+        for (lines, error) in [
+            ("Host: a\nX: b\r\n", LineEnding),
+            ("Host: a\r\r\n", LineEnding),
+            ("Host: a\rX: b\r\n", LineEnding),
+            ("Host: a\0\r\n", LineEnding),
+            ("Host: a\r\n continued\r\n", NoHeader),
+            ("Host: a\r\n\tX: b\r\n", NoHeader),
+            (" Host: a\r\n", NoHeader),
+            ("Host : a\r\n", NoHeader),
+            ("Host\r\n", NoHeader),
+            (": a\r\n", NoHeader),
+            ("Transfer-Encoding\x0b: chunked\r\n", NoHeader),
+            ("Content-Length: 5\r\nContent-Length: 5\r\n", Framing),
+            ("Content-Length: 5, 5\r\n", Framing),
+            ("Content-Length: +5\r\n", Framing),
+            ("Content-Length: 0x5\r\n", Framing),
+            ("Content-Length:\r\n", Framing),
+            (
+                "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+                Framing,
+            ),
+            (
+                "Transfer-Encoding: chunked\r\ntransfer-encoding: chunked\r\n",
+                Framing,
+            ),
+            ("Transfer-Encoding: gzip, chunked\r\n", Framing),
+            ("Transfer-Encoding: chunked, identity\r\n", Framing),
+            ("Transfer-Encoding: xchunked\r\n", Framing),
+            ("Transfer-Encoding: \"chunked\"\r\n", Framing),
+            ("Transfer-Encoding:\r\n", Framing),
+        ] {
+            assert_eq!(verdict(lines), Err(error), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn a_head_has_so_many_lines_and_bytes() {
+        assert_eq!(verdict(&"X: y\r\n".repeat(MOST_LINES)), Ok(()));
+        assert_eq!(
+            verdict(&"X: y\r\n".repeat(MOST_LINES + 1)),
+            Err(HeadError::TooLarge)
+        );
+        let frame = "GET / HTTP/1.1\r\nX: \r\n\r\n".len();
+        let filled = |bytes: usize| verdict(&format!("X: {}\r\n", "y".repeat(bytes - frame)));
+        assert_eq!(filled(MOST_BYTES), Ok(()));
+        assert_eq!(filled(MOST_BYTES + 1), Err(HeadError::TooLarge));
+    }
+
+    #[test]
+    fn a_body_does_not_count_as_head() {
+        let mut progress = Progress::default();
+        let request = format!("\r\n\nPOST / HTTP/1.1\r\nX: y\r\n\r\n{}", "\n".repeat(4096));
+        progress.add(request.as_bytes()).unwrap();
+        assert!(progress.has_ended());
+    }
+
+    proptest! {
+        /// However a head is cut into pieces, it counts the same.
+        #[test]
+        fn pieces_count_as_the_whole(
+            lines in prop::collection::vec("[a-z:]{0,40}\r{0,2}\n", 0..200),
+            cuts in prop::collection::vec(1usize..50, 1..20),
+        ) {
+            let text = lines.concat();
+            let mut whole = Progress::default();
+            let verdict = whole.add(text.as_bytes());
+            let mut pieces = Progress::default();
+            let mut rest = text.as_bytes();
+            let mut piecewise = Ok(());
+            let mut cuts = cuts.iter().cycle();
+            while !rest.is_empty() && piecewise.is_ok() && !pieces.has_ended() {
+                let (piece, after) = rest.split_at((*cuts.next().unwrap()).min(rest.len()));
+                piecewise = pieces.add(piece);
+                rest = after;
+            }
+            prop_assert_eq!(verdict, piecewise);
+            if verdict.is_ok() {
+                prop_assert_eq!(whole.has_ended(), pieces.has_ended());
+            }
+        }
+    }
+}
