@@ -11,15 +11,18 @@ use std::fs::File;
 use std::io::{Cursor, Write};
 use std::net::IpAddr;
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant, SystemTime};
 
+use futures_util::FutureExt;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use serde_json::{Value, json};
-use t3_dispatch::config::{Dispatch, Fault, Identity, Mint, Settings};
+use t3_dispatch::config::{Dispatch, Fault, Identity, Listen, Mint, Settings};
 use t3_dispatch::evidence::{self, Entry, Follower, Memory};
 use t3_dispatch::explain::{self, ExplainError, Question};
-use t3_dispatch::identity::{self, IdentityError};
+use t3_dispatch::head::{self, Progress};
+use t3_dispatch::identity::{self, IdentityError, Peer};
+use t3_dispatch::jwt::{self, KeySet};
 use t3_dispatch::ledger::{Ledger, lines_back};
 use t3_dispatch::mint::{last_line, read_credential};
 use t3_dispatch::probe::far::Far;
@@ -35,11 +38,13 @@ use t3_dispatch::verdict::{self, Around, Leg, Rules};
 pub type Property = fn(&[u8]);
 
 /// Every target with its property.
-pub const TARGETS: [(&str, Property); 10] = [
+pub const TARGETS: [(&str, Property); 12] = [
     ("cookies", cookies),
     ("frames", frames),
+    ("head", head),
     ("heartbeats", heartbeats),
     ("identity", identity),
+    ("jwt", jwt),
     ("ledger", ledger),
     ("mint_output", mint_output),
     ("probe_settings", probe_settings),
@@ -138,11 +143,16 @@ pub fn settings(data: &[u8]) {
     assert!(warnings.iter().all(|warning| !warning.is_empty()));
     assert!(pingora.threads > 0 && pingora.max_retries > 0);
     assert!(!dispatch.listen.is_empty());
-    let addresses = || dispatch.listen.iter().chain([&dispatch.admin]);
-    assert!(addresses().all(|address| address.port() != 0));
-    for (position, address) in addresses().enumerate() {
-        assert!(addresses().skip(position + 1).all(|other| other != address));
+    let admin = Listen::Tcp(dispatch.admin);
+    let places = || dispatch.listen.iter().chain([&admin]);
+    for (position, place) in places().enumerate() {
+        assert!(places().skip(position + 1).all(|other| other != place));
+        match place {
+            Listen::Tcp(address) => assert_ne!(address.port(), 0),
+            Listen::Unix(path) => assert!(path.is_absolute()),
+        }
     }
+    assert!(dispatch.max_connections > 0 && dispatch.max_connections_per_address > 0);
     let pairing = &dispatch.pairing;
     assert!(!pairing.endpoints.is_empty());
     for path in pairing
@@ -173,6 +183,14 @@ pub fn settings(data: &[u8]) {
         dispatch.probe.heartbeat,
     ] {
         can_be_waited_for(duration);
+    }
+    if let Some(jwt) = &dispatch.identity.jwt {
+        can_be_waited_for(jwt.refresh);
+        assert!(!jwt.algorithms.is_empty() && !jwt.audience.is_empty());
+        for text in jwt.audience.iter().chain([&jwt.issuer, &jwt.claim]) {
+            assert!(!text.is_empty());
+        }
+        assert!(jwt.roots.is_empty(), "there is no file of certificates");
     }
     let written = write_dispatch(&dispatch);
     let again = Settings::parse(&written).expect(&written);
@@ -237,15 +255,32 @@ fn write_dispatch(dispatch: &Dispatch) -> String {
         Mint::Socket(path) => pairing["mint_socket"] = json!(path),
     }
     let token = dispatch.probe.token.as_ref();
+    let listen: Vec<String> = dispatch.listen.iter().map(Listen::to_string).collect();
+    let jwt = dispatch.identity.jwt.as_ref().map(|jwt| {
+        json!({
+            "header": jwt.header.as_str(),
+            "jwks": jwt.jwks.to_string(),
+            "algorithms": jwt.algorithms,
+            "issuer": jwt.issuer,
+            "audience": jwt.audience,
+            "claim": jwt.claim,
+            "refresh": time(jwt.refresh),
+        })
+    });
     // JSON is YAML.
     json!({ "dispatch": {
-        "listen": dispatch.listen,
+        "listen": listen,
+        "listen_mode": format!("{:04o}", dispatch.listen_mode),
+        "listen_group": dispatch.listen_group,
+        "max_connections": dispatch.max_connections,
+        "max_connections_per_address": dispatch.max_connections_per_address,
         "admin": dispatch.admin,
         "table": dispatch.table,
         "table_poll": time(dispatch.table_poll),
         "identity": {
             "header": dispatch.identity.header.as_str(),
             "trusted_proxies": dispatch.identity.trusted_proxies,
+            "jwt": jwt,
         },
         "session": {
             "check_path": dispatch.session.check_path,
@@ -621,25 +656,20 @@ pub fn identity(data: &[u8]) {
         trusted_proxies: ["10.0.0.0/8", "192.0.2.7/32", "2001:db8::/32"]
             .map(|network| network.parse().expect("a network"))
             .into(),
+        jwt: None,
     };
+    let address = |text: &str| Peer::Address(text.parse().expect("an address"));
     let peers = [
-        "10.1.2.3",
-        "::ffff:10.1.2.3",
-        "2001:db8::1",
-        "198.51.100.1",
-        "::ffff:198.51.100.1",
-        "::1",
+        address("10.1.2.3"),
+        address("::ffff:10.1.2.3"),
+        address("2001:db8::1"),
+        Peer::Local,
+        address("198.51.100.1"),
+        address("::ffff:198.51.100.1"),
+        address("::1"),
     ];
-    let peer: IpAddr = peers[usize::from(*choice) % peers.len()]
-        .parse()
-        .expect("an address");
-    let is_trusted = |ip: IpAddr| {
-        rules
-            .trusted_proxies
-            .iter()
-            .any(|network| network.contains(&ip))
-    };
-    let trusted = is_trusted(peer.to_canonical());
+    let place = usize::from(*choice) % peers.len();
+    let (peer, trusted) = (peers[place], place < 4);
     let mut headers = HeaderMap::new();
     for line in text.split(|byte| *byte == b'\n') {
         let mut parts = line.splitn(2, |byte| *byte == b':');
@@ -662,7 +692,8 @@ pub fn identity(data: &[u8]) {
         .iter()
         .filter(|(name, _)| fold(name) == fold(&rules.header))
         .collect();
-    match identity::who(peer, &headers, &rules) {
+    let who = identity::who(peer, &headers, &rules, None);
+    match who.now_or_never().expect("an answer without tokens") {
         Ok(name) => {
             assert!(trusted && !name.is_empty() && !name.contains('@'));
             let [(header, value)] = alike[..] else {
@@ -672,29 +703,26 @@ pub fn identity(data: &[u8]) {
             let value = value.to_str().expect("text");
             assert!(value == name || value.starts_with(&format!("{name}@")));
         }
-        Err(IdentityError::UntrustedPeer(ip)) => assert!(!trusted && ip == peer.to_canonical()),
+        Err(IdentityError::UntrustedPeer(ip)) => assert!(!trusted && Some(ip) == peer.ip()),
         Err(IdentityError::Ambiguous(_)) => {
             assert!(trusted && (alike.len() > 1 || alike[0].0 != rules.header))
         }
         Err(IdentityError::Missing) => assert!(trusted && alike.len() <= 1),
+        Err(error) => panic!("without tokens: {error}"),
     }
 
     let client = identity::client(peer, &headers, &rules);
     let told: Vec<IpAddr> = identity::forwarded_for(&headers).collect();
     assert!(told.iter().all(|ip| *ip == ip.to_canonical()));
-    if !trusted {
-        assert_eq!(client, peer.to_canonical(), "anybody's word was taken");
-    } else {
-        assert!(client == peer.to_canonical() || !is_trusted(client) && told.contains(&client));
+    if client != peer.ip() {
+        let client = client.expect("an address");
+        assert!(trusted, "anybody's word was taken");
+        assert!(!rules.trusts(client) && told.contains(&client));
     }
     // What stands before the word of the edge changes nothing.
     let edges_word: IpAddr = "203.0.113.9".parse().expect("an address");
     headers.append("x-forwarded-for", HeaderValue::from_static("203.0.113.9"));
-    let expected = if trusted {
-        edges_word
-    } else {
-        peer.to_canonical()
-    };
+    let expected = if trusted { Some(edges_word) } else { peer.ip() };
     assert_eq!(identity::client(peer, &headers, &rules), expected);
 }
 
@@ -830,3 +858,146 @@ pub fn heartbeats(data: &[u8]) {
         is_past(&[since, until]);
     }
 }
+
+/// Where to cut, and the head of a request.
+pub fn head(data: &[u8]) {
+    let Some((cut, text)) = data.split_first() else {
+        return;
+    };
+    // A head ends with the first empty line that is not before it.
+    let is_blank = |line: &[u8]| line.iter().all(|byte| b"\r\n".contains(byte));
+    let (mut length, mut lines, mut ended) = (0, 0, false);
+    for line in text.split_inclusive(|byte| *byte == b'\n') {
+        length += line.len();
+        let whole = line.ends_with(b"\n");
+        ended = lines > 0 && whole && is_blank(line);
+        if ended {
+            break;
+        }
+        lines += usize::from(whole && !is_blank(line));
+    }
+    let head = &text[..length];
+    let fits = length <= head::MOST_BYTES && lines <= head::MOST_LINES + 1;
+    let mut progress = Progress::default();
+    let mut parts = head.chunks(usize::from(*cut).max(1));
+    let counted = parts.try_for_each(|part| progress.add(part));
+    assert_eq!(counted.is_ok(), fits);
+    assert_eq!(Progress::default().add(text).is_ok(), fits);
+    if fits {
+        assert_eq!(progress.has_ended(), ended);
+        assert_eq!(progress.has_begun(), !head.is_empty());
+    }
+    if !ended || head::check(head).is_err() {
+        return;
+    }
+    assert!(fits);
+    let text = head.strip_suffix(b"\r\n\r\n").expect("two ends of lines");
+    let mut lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').collect();
+    lines.retain(|line| *line != b"\r");
+    let last = lines.len() - 1;
+    let mut headers = Vec::new();
+    for (number, mut line) in lines.into_iter().enumerate() {
+        if number < last {
+            line = line.strip_suffix(b"\r").expect("CR before LF");
+        }
+        assert!(!line.contains(&b'\r') && !line.contains(&0));
+        if number > 0 {
+            let colon = line.iter().position(|byte| *byte == b':');
+            let (name, value) = line.split_at(colon.expect("a colon"));
+            headers.push((name.to_ascii_lowercase(), value[1..].trim_ascii()));
+        }
+    }
+    let says = |(name, _): &&(Vec<u8>, &[u8])| {
+        [&b"content-length"[..], b"transfer-encoding"].contains(&name.as_slice())
+    };
+    match headers.iter().filter(says).collect::<Vec<_>>()[..] {
+        [] => {}
+        [(name, value)] if name == b"content-length" => {
+            assert!(!value.is_empty() && value.iter().all(u8::is_ascii_digit));
+        }
+        [(_, value)] => assert!(value.eq_ignore_ascii_case(b"chunked")),
+        _ => panic!("two say where the body ends"),
+    }
+    // The parser under Pingora, where it takes such a head, reads the same in it.
+    let mut room = [httparse::EMPTY_HEADER; head::MOST_LINES];
+    let mut request = httparse::Request::new(&mut room);
+    if let Ok(status) = request.parse(head) {
+        assert_eq!(status, httparse::Status::Complete(head.len()));
+        let read: Vec<_> = request
+            .headers
+            .iter()
+            .map(|header| (header.name.to_ascii_lowercase().into_bytes(), header.value))
+            .collect();
+        assert_eq!(read, headers);
+    }
+}
+
+/// A token; or a change to a good one; or a JWK set, a 0, and a token.
+pub fn jwt(data: &[u8]) {
+    static RULES: LazyLock<(jwt::Rules, KeySet)> = LazyLock::new(|| {
+        let jwt = json!({
+            "jwks": "/jwks.json",
+            "issuer": "https://sso.example.com/",
+            "audience": ["t3"],
+        });
+        let text = json!({ "dispatch": { "identity": { "jwt": jwt } } }).to_string();
+        let settings = Settings::parse(&text).expect("settings").dispatch;
+        let rules = jwt::Rules::new(&settings.identity.jwt.expect("the section"));
+        (rules, KeySet::parse(KEYS.as_bytes()).expect("keys"))
+    });
+    let (rules, keys) = &*RULES;
+    let Some((how, rest)) = data.split_first() else {
+        return;
+    };
+    let token = match how & 3 {
+        0 | 1 => rest.to_vec(),
+        2 => {
+            let good = TOKENS[usize::from(how >> 2) % TOKENS.len()];
+            let mut token = good.as_bytes().to_vec();
+            for change in rest.chunks_exact(3) {
+                let at = usize::from(u16::from_be_bytes([change[0], change[1]])) % token.len();
+                token[at] = change[2];
+            }
+            if token == good.as_bytes() {
+                assert_eq!(rules.verify(&token, keys).as_deref(), Ok("alice"));
+            }
+            token
+        }
+        _ => {
+            let mut parts = rest.splitn(2, |byte| *byte == 0);
+            let [set, token] = [(); 2].map(|()| parts.next().unwrap_or_default());
+            if let Ok(keys) = KeySet::parse(set) {
+                assert!(!keys.is_empty());
+                // Whoever chooses the keys can sign what they like.
+                let _ = rules.verify(token, &keys);
+                for token in TOKENS {
+                    let name = rules.verify(token.as_bytes(), &keys);
+                    assert!(name.is_err() || name.as_deref() == Ok("alice"));
+                }
+            }
+            return;
+        }
+    };
+    if let Ok(name) = rules.verify(&token, keys) {
+        let is_signed = |good: &str| {
+            let (signed, _) = good.rsplit_once('.').expect("three parts");
+            token.starts_with(signed.as_bytes()) && token[signed.len()] == b'.'
+        };
+        assert!(
+            name == "alice" && TOKENS.into_iter().any(is_signed),
+            "nobody has signed that"
+        );
+    }
+}
+
+/// Public keys. Nobody has the private ones any more.
+const KEYS: &str = r#"{"keys":[{"kty":"RSA","kid":"r","use":"sig","alg":"RS256","n":"6XXx25ObZ6W-Nm8OlhP7e40zmICS3QJsMfAC_shpwwNd9YVElkmHWmn0gzlvcn_upTKvb5pEl5aGDZIBctvya8-WH3fCclCA3Ir-PUXXMrUsVDV61PW5OnNMf5b1Z-a7AfWop1b4Ke8ZddIq00SaiTYl5j0n8Ub2JtNT9HOlbbjjzZGYyJSOAPuxk16LnSG8QzBK2Qoh1UnbWMn__inl-2-AHHCTTl3kqjy8R2seKzac5HjyVxwkL70LHjVn8McKq9CN0rc2U07zEki0TSMW8W3zRXfe-djMtbU-s9JnDxSPW7KqKtPWWUjx_X9etVFxxqhIXtZ_80l84oeVK8ThdQ","e":"AQAB"},{"kty":"EC","kid":"e","use":"sig","alg":"ES256","crv":"P-256","x":"vxZWlXPl4u7ckc_dERqj2M5KAb8NRoRWG-TLRZ0SbkU","y":"szCSYN_JKeNFgvHfuNeBBv6p_Q32D0Kg2GQnbvQMzgs"},{"kty":"OKP","kid":"d","use":"sig","alg":"EdDSA","crv":"Ed25519","x":"L8nLK2uIdtdUH2PzqMrqUNYHk_RaiESkhqOSBYfCMWM"}]}"#;
+
+/// What they have signed: alice, until 2100.
+const TOKENS: [&str; 4] = [
+    "eyJhbGciOiJSUzI1NiIsImtpZCI6InIiLCJ0eXAiOiJKV1QifQ.eyJpc3MiOiJodHRwczovL3Nzby5leGFtcGxlLmNvbS8iLCJhdWQiOiJ0MyIsImV4cCI6NDEwMjQ0NDgwMCwicHJlZmVycmVkX3VzZXJuYW1lIjoiYWxpY2UifQ.h40oH1iLIFWsYCse4uED2k8OuUhPLy3eMAahTPDuHwIVN9chrK9T4x3Mmz1iz7GIoBEtwZ29XJuPPdLrPZuTQWzDbqZ-FRZl3z9O5xSXZ42eeVxtRjT3Kx5ecCpn1SyOsxD50zMu97ZAGarldnoomjuiJo93GUnpPKZFKxdnic24DmUG387q54oA8GazsycGvT3StlV5Rybm04-Bb-oX4qsqNkT0MGv-ImE763ngeAufHOv5spfxj-kGVSi0o-KCwuWPLwGfN_O86pSjdI8FTrM-GTg1VQsn2U5Kljv4tzf9KsqqX5E2acoFno_FG-YKTPAwffxDJmCgegwkjOZuFQ",
+    "eyJhbGciOiJFUzI1NiIsImtpZCI6ImUiLCJ0eXAiOiJKV1QifQ.eyJpc3MiOiJodHRwczovL3Nzby5leGFtcGxlLmNvbS8iLCJhdWQiOiJ0MyIsImV4cCI6NDEwMjQ0NDgwMCwicHJlZmVycmVkX3VzZXJuYW1lIjoiYWxpY2UifQ.crcEhFHcArzhG0Xb6cv8Wt4R1_Tyhh-c4_OCfq36bhu20EvwMH0gAwoCChBABSdN5e22pkcVya1jMfxbThf8mg",
+    "eyJhbGciOiJFZERTQSIsImtpZCI6ImQiLCJ0eXAiOiJKV1QifQ.eyJpc3MiOiJodHRwczovL3Nzby5leGFtcGxlLmNvbS8iLCJhdWQiOiJ0MyIsImV4cCI6NDEwMjQ0NDgwMCwicHJlZmVycmVkX3VzZXJuYW1lIjoiYWxpY2UifQ.tqwoeSgo-Rc_SpXu_eTjprp6ILwRKkxyZhFexdIDGeRZcKu7oYcrxqQ3iG0SbgSr6h1aGY29_Mh98X7s4FJmBA",
+    // It names keys of its own, which are not looked at.
+    "eyJhbGciOiJFUzI1NiIsImtpZCI6ImUiLCJ0eXAiOiJKV1QiLCJqd2siOnsia3R5IjoiRUMiLCJraWQiOiJlIiwidXNlIjoic2lnIiwiYWxnIjoiRVMyNTYiLCJjcnYiOiJQLTI1NiIsIngiOiJ2eFpXbFhQbDR1N2NrY19kRVJxajJNNUtBYjhOUm9SV0ctVExSWjBTYmtVIiwieSI6InN6Q1NZTl9KS2VORmd2SGZ1TmVCQnY2cF9RMzJEMEtnMkdRbmJ2UU16Z3MifSwiamt1IjoiaHR0cHM6Ly9tYWxsb3J5LmV4YW1wbGUuY29tLyJ9.eyJpc3MiOiJodHRwczovL3Nzby5leGFtcGxlLmNvbS8iLCJhdWQiOiJ0MyIsImV4cCI6NDEwMjQ0NDgwMCwicHJlZmVycmVkX3VzZXJuYW1lIjoiYWxpY2UifQ.4Y1wX_efbGVoZSmrG3eFxGVny8Rzo_EfQZR2D_pW9tqNyVZmhXRxDUbKM1hnREzaHPh6f5KtI7xRkXRu5bt-8A",
+];
