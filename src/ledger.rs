@@ -319,3 +319,32 @@ pub fn flush(limit: Duration) {
         std::thread::sleep(Duration::from_millis(5));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_shown_from_the_last_one_whatever_is_read_at_a_time() {
+        let text = b"the first\n\n2\nthe third line\n\ncut";
+        for step in 1..=text.len() as u64 + 1 {
+            let mut shown = Vec::new();
+            let show = |line: &[u8]| {
+                shown.push(String::from_utf8_lossy(line).into_owned());
+                ControlFlow::Continue(())
+            };
+            assert!(
+                lines_back(io::Cursor::new(text), step, show)
+                    .unwrap()
+                    .is_continue()
+            );
+            assert_eq!(shown, ["cut", "the third line", "2", "the first"], "{step}");
+        }
+        let mut count = 0;
+        let stopped = lines_back(io::Cursor::new(text), 4, |_| {
+            count += 1;
+            ControlFlow::Break(())
+        });
+        assert!(stopped.unwrap().is_break() && count == 1);
+    }
+}

@@ -389,3 +389,31 @@ impl Drop for Far {
         events::leg_closed(&self.leg);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_numbers_a_prober_tells_its_times_have_been() {
+        let mut far = Far::open("numbers".into(), Duration::from_secs(5)).unwrap();
+        let (least, most) = (i64::MIN, i64::MAX);
+        for uptime in [least, most] {
+            far.message(&format!(
+                r#"{{"heartbeat_ms":{most},"uptime_ms":{uptime},"rtt_ms":1e300,
+                "stood_still":{{"ago_ms":{uptime},"for_ms":{most}}},
+                "legs":[{{"leg":"a","up":false,"for_ms":{most},"reason":"tls"}}]}}"#
+            ));
+        }
+        let now = evidence::now();
+        let conn = evidence::conns("numbers").pop().unwrap();
+        assert!(conn.prober.is_some_and(|at| at <= now));
+        let stall = conn.stalls.first().unwrap();
+        assert!(0 < stall.earliest && stall.earliest <= stall.latest && stall.latest <= now);
+        let stood = evidence::stood("numbers");
+        assert!(!stood.is_empty());
+        for (since, until) in stood {
+            assert!(0 < since && since <= until && until <= now);
+        }
+    }
+}
