@@ -10,3 +10,4 @@ pub mod lab;
 pub mod mint;
 pub mod prober;
 pub mod raw;
+pub mod witness;
