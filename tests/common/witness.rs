@@ -145,7 +145,11 @@ pub fn strict(head: &[u8]) -> Result<(String, Framing), String> {
 /// The next head, with its empty line; `None` where the connection ends before it begins.
 pub async fn read_head(client: &mut Client) -> io::Result<Option<Vec<u8>>> {
     loop {
-        if let Some(end) = client.unread.windows(4).position(|four| four == b"\r\n\r\n") {
+        if let Some(end) = client
+            .unread
+            .windows(4)
+            .position(|four| four == b"\r\n\r\n")
+        {
             return Ok(Some(client.unread.drain(..end + 4).collect()));
         }
         if client.stream.read_buf(&mut client.unread).await? == 0 {
