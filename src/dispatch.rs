@@ -481,6 +481,13 @@ impl ProxyHttp for Dispatcher {
         response: &mut ResponseHeader,
         ctx: &mut Ctx,
     ) -> Result<()> {
+        if !forward::has_one_framing(response) {
+            return Error::e_explain(
+                ErrorType::InvalidHTTPHeader,
+                "an answer that can be read in two ways",
+            )
+            .map_err(|error: Box<Error>| error.into_up());
+        }
         let version = session.req_header().version;
         forward::response_head(response, version);
         if response.status == StatusCode::SWITCHING_PROTOCOLS

@@ -70,6 +70,18 @@ pub fn switches_to_websocket(response: &ResponseHeader) -> bool {
     has_token(&response.headers, header::UPGRADE, "websocket")
 }
 
+/// Whether the end of a response's body is told in one way only. The connection to the edge is other people's next.
+pub fn has_one_framing(response: &ResponseHeader) -> bool {
+    let mut codings = response.headers.get_all(header::TRANSFER_ENCODING).iter();
+    let mut lengths = response.headers.get_all(header::CONTENT_LENGTH).iter();
+    codings.next().is_none_or(|coding| coding == "chunked")
+        && lengths
+            .next()
+            .is_none_or(|length| length.as_bytes().iter().all(u8::is_ascii_digit))
+        && codings.next().is_none()
+        && lengths.next().is_none()
+}
+
 fn has_token(headers: &HeaderMap, name: HeaderName, token: &str) -> bool {
     tokens(headers, name).any(|one| one.eq_ignore_ascii_case(token.as_bytes()))
 }

@@ -309,7 +309,8 @@ async fn serve(stream: TcpStream, name: &str, notes: &Mutex<Notes>) -> io::Resul
                     "body": body.len(),
                 });
                 let status = if signed_in { 200 } else { 401 };
-                respond(&mut client, &head, status, &answer, "").await?;
+                let who = format!("X-Who: {name}\r\n");
+                respond(&mut client, &head, status, &answer, &who).await?;
             }
         }
     }

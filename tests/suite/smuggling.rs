@@ -1748,7 +1748,10 @@ async fn hostile(answers: Arc<Vec<Answer>>) -> u16 {
                     stream,
                     unread: Vec::new(),
                 };
-                while let Ok(Some(head)) = read_head(&mut client).await {
+                // An answer without an end ends with the connection.
+                while let Ok(Ok(Some(head))) =
+                    timeout(Duration::from_millis(200), read_head(&mut client)).await
+                {
                     let (head, _) = Head::parse(&head).unwrap();
                     let number = head
                         .target()
@@ -1768,13 +1771,6 @@ async fn hostile(answers: Arc<Vec<Answer>>) -> u16 {
                             return;
                         }
                         tokio::time::sleep(Duration::from_millis(10)).await;
-                    }
-                    // An answer without an end ends here.
-                    if timeout(Duration::from_millis(100), client.stream.readable())
-                        .await
-                        .is_err()
-                    {
-                        return;
                     }
                 }
             });
