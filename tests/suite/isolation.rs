@@ -72,6 +72,8 @@ struct Ask {
 #[derive(Debug, Clone, Copy)]
 enum Cookies {
     None,
+    /// A session of the instance that is the person's own by now, if there is one.
+    Own,
     /// A session of that instance.
     Of(usize),
     /// Sessions of two; the first counts.
@@ -85,7 +87,7 @@ enum Cookies {
 impl Cookies {
     fn line(self) -> String {
         match self {
-            Cookies::None => "theme=dark; user=bob".into(),
+            Cookies::None | Cookies::Own => "theme=dark; user=bob".into(),
             Cookies::Of(one) => format!("t3_session=i{one}"),
             Cookies::Both(one, other) => format!("t3_session=i{one}; t3_session=i{other}"),
             Cookies::Among(one) => format!(
@@ -99,7 +101,7 @@ impl Cookies {
     fn of(self) -> Option<usize> {
         match self {
             Cookies::Of(one) | Cookies::Both(one, _) | Cookies::Among(one) => Some(one),
-            Cookies::None | Cookies::Forged => None,
+            Cookies::None | Cookies::Own | Cookies::Forged => None,
         }
     }
 }
@@ -216,11 +218,12 @@ fn naming() -> impl Strategy<Value = Vec<Naming>> {
 
 fn ask(kinds: impl Strategy<Value = Kind> + 'static) -> impl Strategy<Value = Ask> {
     let cookies = prop_oneof![
-        60 => (0..INSTANCES).prop_map(Cookies::Of),
+        40 => Just(Cookies::Own),
+        30 => (0..INSTANCES).prop_map(Cookies::Of),
         10 => (0..INSTANCES, 0..INSTANCES).prop_map(|(one, other)| Cookies::Both(one, other)),
         15 => (0..INSTANCES).prop_map(Cookies::Among),
         5 => Just(Cookies::Forged),
-        3 => Just(Cookies::None),
+        1 => Just(Cookies::None),
     ];
     let decoys = prop::sample::subsequence(
         vec![
@@ -261,15 +264,15 @@ fn ask(kinds: impl Strategy<Value = Kind> + 'static) -> impl Strategy<Value = As
 
 fn step() -> impl Strategy<Value = Step> {
     let simple = prop_oneof![
-        6 => Just(Kind::Get),
-        1 => Just(Kind::Head),
+        24 => Just(Kind::Get),
+        4 => Just(Kind::Head),
         1 => Just(Kind::Navigation),
-        2 => (1..3000_usize).prop_map(Kind::Post),
+        8 => (1..3000_usize).prop_map(Kind::Post),
     ];
     let last = prop_oneof![
         4 => (1..3000_usize).prop_map(Kind::Chunks),
         2 => Just(Kind::Old),
-        2 => Just(Kind::WebSocket),
+        4 => Just(Kind::WebSocket),
         2 => (2..3000_usize).prop_map(Kind::Cut),
     ];
     prop_oneof![
@@ -284,7 +287,7 @@ fn epochs() -> impl Strategy<Value = Vec<Epoch>> {
         prop::array::uniform5(prop::option::weighted(0.85, 0..INSTANCES)),
         0..OS_USERS.len(),
     );
-    let lane = (vec(step(), 0..12), vec(step(), 0..30));
+    let lane = (vec(step(), 0..12), vec(step(), 0..60));
     let epoch = (table, vec(lane, LANES)).prop_map(|((of, shift), lanes)| Epoch {
         table: Table { of, shift },
         lanes,
@@ -540,13 +543,20 @@ impl Lane {
         };
         let mut bytes = Vec::new();
         let mut waiting = Vec::new();
-        for ask in step {
+        for mut ask in step {
             let number = self.world.targets.fetch_add(1, Ordering::Relaxed);
             self.world.requests.fetch_add(1, Ordering::Relaxed);
             let target = format!("/r/{number}");
             let name = named(&ask.namings);
             let may: Vec<Option<usize>> =
                 tables.iter().map(|table| table.get(name.ok()?)).collect();
+            if matches!(ask.cookies, Cookies::Own) {
+                ask.cookies = may
+                    .last()
+                    .copied()
+                    .flatten()
+                    .map_or(Cookies::None, Cookies::Of);
+            }
             bytes.extend(wire(&ask, &target));
             waiting.push((ask, target, name, may));
         }
