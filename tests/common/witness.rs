@@ -1,4 +1,4 @@
-//! A strict instance: it takes nothing but what every server reads alike, and notes all that reaches it.
+//! A strict instance: it takes nothing but what every server reads alike, notes all that reaches it, and says who it is.
 
 use std::collections::HashMap;
 use std::io;
@@ -63,12 +63,6 @@ impl Witness {
     /// Takes the requests so far away, by their targets. The dispatcher's own questions are left out.
     pub fn take(&self) -> HashMap<String, Vec<Seen>> {
         std::mem::take(&mut self.notes.lock().unwrap().seen)
-    }
-
-    /// The requests for `target` so far.
-    pub fn seen_at(&self, target: &str) -> Vec<Seen> {
-        let notes = self.notes.lock().unwrap();
-        notes.seen.get(target).cloned().unwrap_or_default()
     }
 
     /// What came that no server should have to read.
@@ -224,11 +218,10 @@ async fn serve(stream: TcpStream, name: &str, notes: &Mutex<Notes>) -> io::Resul
             note(format!("not a request: {head:?}"));
             return Ok(());
         }
-        let ours = head.target() == "/api/auth/session"
-            || matches!(
-                head.target(),
-                "/api/auth/browser-session" | "/api/auth/bootstrap"
-            );
+        let ours = matches!(
+            head.target(),
+            "/api/auth/session" | "/api/auth/browser-session" | "/api/auth/bootstrap"
+        );
         let signed_in = head
             .all("cookie")
             .flat_map(|cookies| cookies.split(';'))
@@ -289,7 +282,7 @@ async fn serve(stream: TcpStream, name: &str, notes: &Mutex<Notes>) -> io::Resul
                      Sec-WebSocket-Accept: {accept}\r\nX-Who: {name}\r\n\r\n"
                 );
                 client.send(switch).await?;
-                let mut early = std::mem::take(&mut client.unread);
+                let early = std::mem::take(&mut client.unread);
                 let (read, mut write) = client.stream.split();
                 let mut read = early.as_slice().chain(read);
                 while let Ok(frame) = Frame::read(&mut read).await {
@@ -298,7 +291,6 @@ async fn serve(stream: TcpStream, name: &str, notes: &Mutex<Notes>) -> io::Resul
                         break;
                     }
                 }
-                early.clear();
                 return Ok(());
             }
             _ => {
@@ -316,7 +308,7 @@ async fn serve(stream: TcpStream, name: &str, notes: &Mutex<Notes>) -> io::Resul
     }
 }
 
-/// Answers, in chunks where the target asks for them.
+/// Answers: a `POST` in chunks, anything else with a length.
 async fn respond(
     client: &mut Client,
     head: &Head,
@@ -325,7 +317,7 @@ async fn respond(
     headers: &str,
 ) -> io::Result<()> {
     let body = body.to_string();
-    let (framing, content) = if head.target().ends_with("?chunked") {
+    let (framing, content) = if head.method() == "POST" {
         let chunks = format!("{:x}\r\n{body}\r\n0\r\n\r\n", body.len());
         ("Transfer-Encoding: chunked".to_owned(), chunks)
     } else {
