@@ -70,7 +70,7 @@ const GET: &str = "GET /v/NNNNNN HTTP/1.1";
 
 /// How the bodies begin that Pingora's reader of chunks takes, out of order as they are: control characters and line ends
 /// within extensions, no size for 0, anything for trailers.
-const TAKEN: [&[u8]; 17] = [
+const TAKEN: [&[u8]; 14] = [
     b"68;\n",
     b"68;a\n",
     b"68;\0",
@@ -78,15 +78,12 @@ const TAKEN: [&[u8]; 17] = [
     b"68;a=\"\n",
     b"\r\n",
     b";68\r\n",
-    b"2;\nxx",
     b"2;a\n",
     b"5\r\nhello\r\n\r\n",
     b"5\r\nhello\r\n0;\n",
     b"5\r\nhello\r\n0\r\n ",
     b"5\r\nhello\r\n0\r\nX",
     b"5\r\nhello\r\n0\r\n\0",
-    b"=\r\n",
-    b"68;a\nb",
     b"2;\n",
 ];
 
@@ -233,7 +230,7 @@ fn disguises() -> Vec<(Vec<u8>, bool)> {
         b"Transfer-Encoding: \xc2\xa0chunked",
         b"Transfer-Encoding: chunked\xc2\x85",
         "Tranſfer-Encoding: chunked".as_bytes(),
-        "Transfer-Encoding: chunKed".as_bytes(),
+        "Transfer-Encoding: chun\u{212a}ed".as_bytes(),
         "Transfer‐Encoding: chunked".as_bytes(),
     ] {
         all.push((bytes.into(), false));
