@@ -396,12 +396,28 @@ impl ProxyHttp for Dispatcher {
         // HTTP/1.0 knows no interim responses.
         let old = session.req_header().version < Version::HTTP_11;
         session.set_ignore_info_resp(old);
+        // Where chunks end is what servers disagree about most, and Pingora's reader takes some that are not in order. So
+        // nothing that comes behind them is ever taken for a request.
+        if session
+            .req_header()
+            .headers
+            .contains_key(header::TRANSFER_ENCODING)
+        {
+            session.set_keepalive(None);
+        }
         if forward::is_websocket(session.req_header()) {
             session.set_pipelining_enabled(false);
         } else {
             session.set_pipelining_enabled(true);
-            // Pingora would make a tunnel of less than a whole WebSocket handshake.
-            session.req_header_mut().remove_header(&header::UPGRADE);
+            // Pingora would make a tunnel of less than a whole WebSocket handshake. Whoever asks for one may take what
+            // follows for the tunnel's.
+            if session
+                .req_header_mut()
+                .remove_header(&header::UPGRADE)
+                .is_some()
+            {
+                session.set_keepalive(None);
+            }
         }
         Ok(())
     }
@@ -412,7 +428,7 @@ impl ProxyHttp for Dispatcher {
             session.set_keepalive(None);
             return refuse(session, ctx, Refusal::Head(error), None).await;
         }
-        if forward::lacks_host(session.req_header()) {
+        if forward::is_malformed(session.req_header()) {
             return refuse(session, ctx, Refusal::BadRequest, None).await;
         }
         if matches!(
@@ -499,6 +515,13 @@ impl ProxyHttp for Dispatcher {
         response: &mut ResponseHeader,
         ctx: &mut Ctx,
     ) -> Result<()> {
+        if !forward::has_one_framing(response) {
+            return Error::e_explain(
+                ErrorType::InvalidHTTPHeader,
+                "an answer that can be read in two ways",
+            )
+            .map_err(|error: Box<Error>| error.into_up());
+        }
         let version = session.req_header().version;
         forward::response_head(response, version);
         if response.status == StatusCode::SWITCHING_PROTOCOLS
