@@ -305,6 +305,14 @@ fn is_client_gone(error: &Error) -> bool {
     *error.esource() == ErrorSource::Downstream && broken
 }
 
+/// Whether there was no file descriptor for a connection, which is no fault of whoever it was to reach.
+fn lacks_descriptors(error: &Error) -> bool {
+    use rustix::io::Errno;
+    let error = error.root_cause().downcast_ref::<std::io::Error>();
+    let errno = error.and_then(Errno::from_io_error);
+    errno.is_some_and(|errno| matches!(errno, Errno::MFILE | Errno::NFILE))
+}
+
 /// How a connection broke, by the system's error at the root of Pingora's.
 fn how_it_broke(error: &Error) -> How {
     if let Some(error) = error.root_cause().downcast_ref::<std::io::Error>() {
@@ -537,6 +545,7 @@ impl ProxyHttp for Dispatcher {
         let refusal = match (error.esource(), error.etype()) {
             _ if revoked => Refusal::UnknownUser,
             (ErrorSource::Downstream, _) => Refusal::BadRequest,
+            _ if lacks_descriptors(error) => Refusal::OutOfDescriptors,
             (
                 ErrorSource::Upstream,
                 ErrorType::ConnectRefused

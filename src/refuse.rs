@@ -43,6 +43,8 @@ pub enum Refusal {
     InstanceFailed,
     /// The instance took a WebSocket's handshake and did not answer it.
     InstanceSilent,
+    /// This process has no file descriptor left to reach the instance with.
+    OutOfDescriptors,
     /// The echo is for WebSockets.
     NotAWebSocket,
     /// The echo has no place left.
@@ -80,6 +82,7 @@ impl Refusal {
             Refusal::InstanceUnreachable => "instance-unreachable",
             Refusal::InstanceFailed => "instance-failed",
             Refusal::InstanceSilent => "instance-silent",
+            Refusal::OutOfDescriptors => "out-of-descriptors",
             Refusal::NotAWebSocket => "not-a-websocket",
             Refusal::ProbeBusy => "probe-busy",
             Refusal::CrossOrigin => "cross-origin",
@@ -107,7 +110,9 @@ impl Refusal {
             | Refusal::BootstrapNoCookie
             | Refusal::InstanceUnreachable
             | Refusal::InstanceFailed => StatusCode::BAD_GATEWAY,
-            Refusal::PairingBusy | Refusal::ProbeBusy => StatusCode::SERVICE_UNAVAILABLE,
+            Refusal::PairingBusy | Refusal::ProbeBusy | Refusal::OutOfDescriptors => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
         }
     }
 
@@ -129,6 +134,7 @@ impl Refusal {
             Refusal::InstanceUnreachable => "t3 instance is not reachable".into(),
             Refusal::InstanceFailed => "t3 instance ended the connection without an answer".into(),
             Refusal::InstanceSilent => "t3 instance does not answer".into(),
+            Refusal::OutOfDescriptors => "no file descriptor is left; try again shortly".into(),
             Refusal::NotAWebSocket => "this address takes WebSockets only".into(),
             Refusal::ProbeBusy => "too many probes at once".into(),
             Refusal::CrossOrigin => {
@@ -141,7 +147,7 @@ impl Refusal {
 
     fn retry_after(&self) -> Option<u64> {
         match self {
-            Refusal::PairingBusy | Refusal::ProbeBusy => Some(5),
+            Refusal::PairingBusy | Refusal::ProbeBusy | Refusal::OutOfDescriptors => Some(5),
             Refusal::PairingTooOften(seconds) => Some(*seconds),
             _ => None,
         }
@@ -199,6 +205,11 @@ impl Refusal {
             Refusal::InstanceFailed => (
                 "Your workspace broke off",
                 "It took the request and ended the connection without an answer. This page tries again by itself.",
+                true,
+            ),
+            Refusal::OutOfDescriptors => (
+                "Too much is going on at once",
+                "Your workspace is well, but it cannot be reached right now. This page tries again by itself.",
                 true,
             ),
             Refusal::NotAWebSocket => (

@@ -8,8 +8,6 @@ mod world;
 
 use std::time::{Duration, Instant};
 
-use rustix::process::Resource;
-
 use common::dispatcher::wait_for;
 use common::http::Client;
 use world::{Fault, World};
@@ -60,7 +58,7 @@ async fn only_those_who_are_struck_see_a_fault() {
 
 /// Without a descriptor left for the clients that wait, the process does not run in circles, and answers them later.
 async fn full_but_not_spinning(world: &World) {
-    let before = world.limit_descriptors(world.descriptors() as u64);
+    world.dispatcher.allow_descriptors(false);
     let mut waiting = Vec::new();
     for _ in 0..4 {
         let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
@@ -75,7 +73,7 @@ async fn full_but_not_spinning(world: &World) {
     tokio::time::sleep(Duration::from_secs(2)).await;
     let used = world.cpu() - cpu;
     assert!(used < then.elapsed() / 4, "{used:?} of CPU");
-    rustix::process::prlimit(Some(world.pid()), Resource::Nofile, before).unwrap();
+    world.dispatcher.allow_descriptors(true);
     for mut client in waiting {
         assert_eq!(client.read_reply("GET").await.unwrap().status, 200);
     }

@@ -6,16 +6,17 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
-use rustix::process::{Pid, Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::common::dispatcher::{Dispatcher, Setup, program, wait_for};
-use crate::common::http::Client;
+use crate::common::http::{self, Client};
 use crate::common::instance::{Instance, Spoil, Version, Vices};
 use crate::common::mint;
+use crate::common::raw;
 use crate::crowd::{Crowd, Doing, Trouble, What};
 
 /// People that each fault of an instance strikes.
@@ -149,6 +150,20 @@ impl Fault {
         !matches!(self, Fault::Slow | Fault::Trickling)
     }
 
+    /// By how much it sets the clock.
+    fn hours(self) -> i32 {
+        if self == Fault::ClockBack { -5 } else { 5 }
+    }
+
+    /// Who pairs too often before the clock is set.
+    fn visitor(self) -> &'static str {
+        if self == Fault::ClockBack {
+            "erin"
+        } else {
+            "dave"
+        }
+    }
+
     /// What an instance does that it strikes.
     fn vices(self) -> Vices {
         use Fault::*;
@@ -180,7 +195,6 @@ pub struct World {
     /// The instances of those who come for the first time.
     _newcomers: Vec<Instance>,
     flapping: Option<(watch::Sender<bool>, JoinHandle<()>)>,
-    limit: Option<Rlimit>,
     waiting: Vec<Client>,
     lost: f64,
     base: TempDir,
@@ -210,7 +224,7 @@ impl World {
             .set("tunnels.ledger", json!(path("disk").join("closes.jsonl")))
             .set("tunnels.ledger_max_mb", 4)
             .set("tunnels.client_heartbeat", "500ms")
-            .set("tunnels.client_watchdog", "2s")
+            .set("tunnels.client_watchdog", "3s")
             .set("session.check_timeout", "1s")
             .set("pairing.mint_timeout", "3s")
             .set("table_poll", "1s")
@@ -237,24 +251,19 @@ impl World {
             table,
             _newcomers: newcomers,
             flapping: None,
-            limit: None,
             waiting: Vec::new(),
             lost: 0.0,
             base,
         }
     }
 
-    pub fn pid(&self) -> Pid {
-        Pid::from_child(&self.dispatcher.child)
-    }
-
     fn proc(&self, name: &str) -> PathBuf {
         format!("/proc/{}/{name}", self.dispatcher.child.id()).into()
     }
 
-    /// The dispatcher's open file descriptors.
+    /// How many file descriptors the dispatcher has open.
     pub fn descriptors(&self) -> usize {
-        fs::read_dir(self.proc("fd")).unwrap().count()
+        self.dispatcher.descriptors().len()
     }
 
     /// The same once nobody has come for a while, and kept connections are closed.
@@ -277,19 +286,6 @@ impl World {
         let ticks = rest.split(' ').skip(11).take(2);
         let ticks: u64 = ticks.map(|ticks| ticks.parse::<u64>().unwrap()).sum();
         Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
-    }
-
-    /// Lets the dispatcher have so many descriptors, and gives what it was allowed before.
-    pub fn limit_descriptors(&self, count: u64) -> Rlimit {
-        let allowed = rustix::process::prlimit(
-            Some(self.pid()),
-            Resource::Nofile,
-            Rlimit {
-                current: Some(count),
-                maximum: getrlimit(Resource::Nofile).maximum,
-            },
-        );
-        allowed.unwrap()
     }
 
     /// Waits until everybody has done everything well that they do, begun after `then`.
@@ -411,8 +407,7 @@ impl World {
                 self.flapping = Some((end, flapping));
             }
             Fault::NoDescriptors => {
-                // Pooled connections come and go, so that there is room for few at best.
-                self.limit = Some(self.limit_descriptors(self.descriptors() as u64));
+                self.dispatcher.allow_descriptors(false);
                 for _ in 0..20 {
                     let mut client = Client::connect(self.dispatcher.address()).await.unwrap();
                     let head = "GET /healthz HTTP/1.1\r\nHost: t3.example.com\r\n\r\n";
@@ -424,8 +419,14 @@ impl World {
                 })
                 .await;
             }
-            Fault::ClockAhead => self.set_clock("+5h").await,
-            Fault::ClockBack => self.set_clock("-5h").await,
+            Fault::ClockAhead | Fault::ClockBack => {
+                let id = self.drop_a_socket(fault).await;
+                let visits_too_often =
+                    async || self.dispatcher.navigate(fault.visitor(), "").await.status == 429;
+                wait_for("pairing too often", visits_too_often).await;
+                self.set_clock(fault.hours()).await;
+                self.under_another_clock(fault, &id).await;
+            }
             _ => {
                 for number in fault.strikes(self.crowd.people.len()) {
                     let instance = self.crowd.instance(number);
@@ -473,13 +474,12 @@ impl World {
                 flapping.await.unwrap();
             }
             Fault::NoDescriptors => {
-                let limit = self.limit.take().unwrap();
-                rustix::process::prlimit(Some(self.pid()), Resource::Nofile, limit).unwrap();
+                self.dispatcher.allow_descriptors(true);
                 for mut client in std::mem::take(&mut self.waiting) {
                     assert_eq!(client.read_reply("GET").await.unwrap().status, 200);
                 }
             }
-            Fault::ClockAhead | Fault::ClockBack => self.set_clock("+0").await,
+            Fault::ClockAhead | Fault::ClockBack => self.set_clock(0).await,
             _ => {
                 for number in fault.strikes(self.crowd.people.len()) {
                     let instance = self.crowd.instance(number);
@@ -515,11 +515,11 @@ impl World {
     }
 
     /// Sets the dispatcher's clock by so much from the real one, and waits until it is.
-    async fn set_clock(&self, by: &str) {
+    async fn set_clock(&self, hours: i32) {
         let new = self.base.path().join("clock.new");
-        fs::write(&new, by).unwrap();
+        fs::write(&new, format!("{hours:+}h")).unwrap();
         fs::rename(&new, self.base.path().join("clock")).unwrap();
-        let by = by.trim_end_matches('h').parse::<f64>().unwrap() * 3600.0;
+        let by = f64::from(hours) * 3600.0;
         wait_for("another time", async || {
             let then = self
                 .dispatcher
@@ -529,6 +529,72 @@ impl World {
             (then - now - by).abs() < 60.0
         })
         .await;
+    }
+
+    /// Breaks a WebSocket off, and gives its ID once it has left its record.
+    async fn drop_a_socket(&self, fault: Fault) -> String {
+        let person = &self.crowd.people[self.crowd.people.len() / 2];
+        let id = format!("before-{fault:?}-{:?}", Instant::now());
+        let id: String = id
+            .chars()
+            .filter(|char| char.is_ascii_alphanumeric())
+            .collect();
+        let id = id[id.len().saturating_sub(60)..].to_owned();
+        let headers = [("Cookie", person.cookie.as_str()), ("X-Request-Id", &id)];
+        let (status, client) = raw::ask(self.dispatcher.address(), &person.name, &headers).await;
+        assert_eq!(status, 101);
+        raw::reset(client.stream);
+        self.dispatcher
+            .wait_for_log(&format!("id={id} dur_ms="))
+            .await;
+        id
+    }
+
+    /// What has to hold after the clock has jumped, of a drop before that, and of somebody who paired too often before.
+    async fn under_another_clock(&self, fault: Fault, id: &str) {
+        let (dispatcher, hours) = (&self.dispatcher, f64::from(fault.hours()));
+        let refused = dispatcher.navigate(fault.visitor(), "").await;
+        let again: u64 = refused.get("retry-after").unwrap().parse().unwrap();
+        assert!((1..=60).contains(&again), "{again}");
+        // Its window was open when the clock was set.
+        wait_for("verdict", async || {
+            let judged = dispatcher.logged("ws verdict");
+            judged
+                .iter()
+                .any(|line| line.contains(&format!("id={id} ")))
+        })
+        .await;
+        let own = |line: &str| humantime::parse_rfc3339(line.split(' ').next().unwrap()).unwrap();
+        let last = dispatcher.logged("ws close").pop().unwrap();
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_secs_f64() + hours * 3600.0;
+        let logged = own(&last).duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        assert!((logged.as_secs_f64() - now).abs() < 60.0, "{last}");
+        let closes = http::request(dispatcher.admin(), "GET", "/closes?since=10m", &[], b"");
+        let closes = closes.await.unwrap();
+        assert_eq!(closes.status, 200);
+        let closes: Vec<Value> = serde_json::from_slice(&closes.body).unwrap();
+        for record in closes {
+            let ended = humantime::parse_rfc3339(record["time"].as_str().unwrap()).unwrap();
+            let ended = ended.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+            assert!(ended.as_secs_f64() > now - 700.0, "{record:#}");
+        }
+        let mut explain = program();
+        explain
+            .args(["explain", "--since", "1h", "-c"])
+            .arg(self.settings_outside());
+        let explain = tokio::task::spawn_blocking(move || explain.output().unwrap());
+        let explain = explain.await.unwrap();
+        assert!(explain.status.success(), "{explain:?}");
+    }
+
+    /// The settings for somebody who sees the ledger's disk from outside.
+    fn settings_outside(&self) -> PathBuf {
+        let text = fs::read_to_string(self.base.path().join("t3-dispatch.yaml")).unwrap();
+        let disk = self.disk().display().to_string();
+        let outside = self.base.path().join("outside.yaml");
+        let root = self.proc("root").display().to_string();
+        fs::write(&outside, text.replace(&disk, &format!("{root}{disk}"))).unwrap();
+        outside
     }
 
     /// People come for the first time while the mint hangs, fails or babbles for some of them.
