@@ -11,7 +11,7 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::HttpPeer;
 use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use pingora::{Error, ErrorSource, ErrorType, Result};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 
 use crate::config::Dispatch;
 use crate::events::{self, Outcome};
@@ -52,6 +52,8 @@ struct Inner {
 pub struct Ctx {
     _in_flight: InFlight,
     start: Instant,
+    /// Its place among what is under way at the instance.
+    place: Option<OwnedSemaphorePermit>,
     /// Who asks, and where it goes; set once both are known.
     found: Option<(String, Arc<Instance>)>,
     /// The books of the WebSocket that it asks for, which are closed when this is dropped.
@@ -363,6 +365,7 @@ impl ProxyHttp for Dispatcher {
         Ctx {
             _in_flight: InFlight::enter(),
             start: Instant::now(),
+            place: None,
             found: None,
             tunnel: None,
             outcome: None,
@@ -417,6 +420,10 @@ impl ProxyHttp for Dispatcher {
         let origins = &self.0.settings.tunnels.allowed_origins;
         if upgrade && !forward::is_origin_allowed(&session.req_header().headers, origins) {
             return refuse(session, ctx, Refusal::CrossOrigin, Some(&user)).await;
+        }
+        ctx.place = instance.places.clone().try_acquire_owned().ok();
+        if ctx.place.is_none() {
+            return refuse(session, ctx, Refusal::InstanceBusy, Some(&user)).await;
         }
         if !self.0.has_session(session.req_header(), &instance).await {
             return self.0.pair(session, ctx, &user, &instance).await;

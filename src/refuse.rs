@@ -43,6 +43,8 @@ pub enum Refusal {
     InstanceFailed,
     /// The instance took a WebSocket's handshake and did not answer it.
     InstanceSilent,
+    /// As much is under way at the instance as may be.
+    InstanceBusy,
     /// This process has no file descriptor left to reach the instance with.
     OutOfDescriptors,
     /// The echo is for WebSockets.
@@ -82,6 +84,7 @@ impl Refusal {
             Refusal::InstanceUnreachable => "instance-unreachable",
             Refusal::InstanceFailed => "instance-failed",
             Refusal::InstanceSilent => "instance-silent",
+            Refusal::InstanceBusy => "instance-busy",
             Refusal::OutOfDescriptors => "out-of-descriptors",
             Refusal::NotAWebSocket => "not-a-websocket",
             Refusal::ProbeBusy => "probe-busy",
@@ -110,9 +113,10 @@ impl Refusal {
             | Refusal::BootstrapNoCookie
             | Refusal::InstanceUnreachable
             | Refusal::InstanceFailed => StatusCode::BAD_GATEWAY,
-            Refusal::PairingBusy | Refusal::ProbeBusy | Refusal::OutOfDescriptors => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Refusal::PairingBusy
+            | Refusal::ProbeBusy
+            | Refusal::InstanceBusy
+            | Refusal::OutOfDescriptors => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 
@@ -134,6 +138,7 @@ impl Refusal {
             Refusal::InstanceUnreachable => "t3 instance is not reachable".into(),
             Refusal::InstanceFailed => "t3 instance ended the connection without an answer".into(),
             Refusal::InstanceSilent => "t3 instance does not answer".into(),
+            Refusal::InstanceBusy => "too much is under way at this t3 instance; try again shortly".into(),
             Refusal::OutOfDescriptors => "no file descriptor is left; try again shortly".into(),
             Refusal::NotAWebSocket => "this address takes WebSockets only".into(),
             Refusal::ProbeBusy => "too many probes at once".into(),
@@ -147,7 +152,10 @@ impl Refusal {
 
     fn retry_after(&self) -> Option<u64> {
         match self {
-            Refusal::PairingBusy | Refusal::ProbeBusy | Refusal::OutOfDescriptors => Some(5),
+            Refusal::PairingBusy
+            | Refusal::ProbeBusy
+            | Refusal::InstanceBusy
+            | Refusal::OutOfDescriptors => Some(5),
             Refusal::PairingTooOften(seconds) => Some(*seconds),
             _ => None,
         }
@@ -205,6 +213,11 @@ impl Refusal {
             Refusal::InstanceFailed => (
                 "Your workspace broke off",
                 "It took the request and ended the connection without an answer. This page tries again by itself.",
+                true,
+            ),
+            Refusal::InstanceBusy => (
+                "Too much is waiting for your workspace",
+                "It may hang, or an add-on asks it without end. Close what you do not need; this page tries again by itself.",
                 true,
             ),
             Refusal::OutOfDescriptors => (

@@ -17,7 +17,7 @@ use crate::common::instance::{Instance, Version};
 use crate::common::raw::MASK;
 
 /// How long somebody waits for an answer.
-pub const PATIENCE: Duration = Duration::from_secs(6);
+pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long somebody looks at what they got.
 const PAUSE: Duration = Duration::from_millis(500);

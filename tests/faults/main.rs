@@ -9,7 +9,7 @@ mod world;
 use std::time::{Duration, Instant};
 
 use common::dispatcher::wait_for;
-use common::http::Client;
+use common::http::{self, Client};
 use world::{Fault, World};
 
 /// People at work.
@@ -21,7 +21,10 @@ async fn only_those_who_are_struck_see_a_fault() {
     // Everything has been used once before it is counted.
     let shift = world.crowd.work();
     world.everybody_is_well_since(Instant::now()).await;
-    world.go_through(&[Fault::Killed, Fault::Mint]).await;
+    let (first, others) = Fault::ALL.split_at(2);
+    for fault in first {
+        world.go_through(&[*fault]).await;
+    }
     shift.end().await;
     let descriptors = world.descriptors_at_rest().await;
     let memory = world.dispatcher.memory();
@@ -30,8 +33,8 @@ async fn only_those_who_are_struck_see_a_fault() {
 
     let shift = world.crowd.work();
     world.everybody_is_well_since(Instant::now()).await;
-    for fault in Fault::ALL {
-        world.go_through(&[fault]).await;
+    for fault in others {
+        world.go_through(&[*fault]).await;
     }
     let together: Vec<Fault> = Fault::ALL
         .into_iter()
@@ -77,4 +80,45 @@ async fn full_but_not_spinning(world: &World) {
     for mut client in waiting {
         assert_eq!(client.read_reply("GET").await.unwrap().status, 200);
     }
+}
+
+/// What one person can keep with an instance that hangs is bounded, and given back when they leave.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_hangs_leaves_room_for_others() {
+    let world = World::new(2).await;
+    let [alice, bob] = [0, 1].map(|number| world.crowd.people[number].clone());
+    let headers = [
+        ("X-authentik-username", alice.name.as_str()),
+        ("Cookie", alice.cookie.as_str()),
+    ];
+    let asked = http::request(world.dispatcher.address(), "GET", "/", &headers, b"");
+    assert_eq!(asked.await.unwrap().status, 200);
+    let descriptors = world.descriptors_at_rest().await;
+    world.crowd.instance(0).set(|vices| vices.silent = true);
+    let mut hanging = Vec::new();
+    for _ in 0..1000 {
+        let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
+        client
+            .send(http::head("GET", "/", &headers, 0))
+            .await
+            .unwrap();
+        hanging.push(client);
+    }
+    wait_for("a thousand requests that hang", async || {
+        world.descriptors() >= descriptors + 2000
+    })
+    .await;
+    let asked = http::request(world.dispatcher.address(), "GET", "/", &headers, b"");
+    let refused = asked.await.unwrap();
+    assert_eq!(refused.get("x-t3-dispatch-error"), Some("instance-busy"));
+    let answered = world.dispatcher.navigate(&bob.name, &bob.cookie).await;
+    assert_eq!(answered.status, 200);
+    drop(hanging);
+    wait_for("return to the descriptors before", async || {
+        world.descriptors() == descriptors
+    })
+    .await;
+    world.crowd.instance(0).set(|vices| vices.silent = false);
+    let answered = world.dispatcher.navigate(&alice.name, &alice.cookie).await;
+    assert_eq!(answered.status, 200);
 }

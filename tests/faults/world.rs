@@ -72,6 +72,7 @@ pub enum Fault {
 impl Fault {
     pub const ALL: [Fault; 22] = [
         Fault::Killed,
+        Fault::Mint,
         Fault::Stopped,
         Fault::Silent,
         Fault::Slow,
@@ -84,7 +85,6 @@ impl Fault {
         Fault::ShortBody,
         Fault::BadChunks,
         Fault::EndlessInterim,
-        Fault::Mint,
         Fault::DiskFull,
         Fault::TableTruncated,
         Fault::TableIsFolder,
@@ -226,18 +226,16 @@ impl World {
             .set("tunnels.client_heartbeat", "500ms")
             .set("tunnels.client_watchdog", "3s")
             .set("session.check_timeout", "1s")
-            .set("pairing.mint_timeout", "3s")
+            .set("pairing.mint_timeout", "2s")
             .set("table_poll", "1s")
             .through(enter);
-        // Two hundred lines a second would be of no use to anybody.
-        setup.log_level = "info,pingora=warn".into();
         let crowd = Crowd::new(base.path(), size, (setup.ip, 3780).into()).await;
         for (number, person) in crowd.people.iter().enumerate() {
             setup = setup.user(&person.name, &person.name, crowd.instance(number).port());
         }
         let mut newcomers = Vec::new();
         for name in [
-            "hangs1", "hangs2", "fails", "babbles", "alice", "bob", "carol",
+            "hangs1", "hangs2", "fails", "babbles", "alice", "bob", "carol", "dave", "erin",
         ] {
             let home = mint::home(base.path(), name);
             let instance = Instance::start(&home, Version::V0_0_33).await;
