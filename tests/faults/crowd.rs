@@ -94,6 +94,11 @@ impl Person {
         EVERYTHING.iter().all(|doing| self.was_well(*doing, then))
     }
 
+    /// Whether anything has gone well that was begun after `then`.
+    pub fn has_been_well_since(&self, then: Instant) -> bool {
+        EVERYTHING.iter().any(|doing| self.was_well(*doing, then))
+    }
+
     /// Whether one that was begun after `then` has gone well.
     pub fn was_well(&self, doing: Doing, then: Instant) -> bool {
         let well = self.well.lock().unwrap();
@@ -162,14 +167,9 @@ impl Crowd {
     /// The instances of `size` people, whose dispatcher will listen on `address`. Each has a session.
     pub async fn new(base: &Path, size: usize, address: SocketAddr) -> Crowd {
         let (mut people, mut instances) = (Vec::new(), Vec::new());
-        let mut port = 10_000 + (std::process::id() % 50 * 300) as u16;
         for number in 0..size {
             let name = format!("person{number:03}");
-            // Not one that the kernel gives to a connection while the instance is down.
-            port += 1;
-            while std::net::TcpListener::bind(("127.0.0.1", port)).is_err() {
-                port += 1;
-            }
+            let port = own_port();
             let home = crate::common::mint::home(base, &name);
             let keep_alive = Duration::from_secs(5);
             let instance = Instance::start_with(&home, Version::V0_0_33, port, keep_alive).await;
@@ -217,6 +217,18 @@ impl Crowd {
             end,
             tasks,
             edge: self.edge.clone(),
+        }
+    }
+}
+
+/// A free port that the kernel gives to no connection while the instance is down.
+fn own_port() -> u16 {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    loop {
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let port = 10_000 + (std::process::id() as usize % 50 * 400 + count) as u16;
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
         }
     }
 }

@@ -317,7 +317,7 @@ impl World {
                     None => person.is_well_since(struck),
                     Some(Fault::NoDescriptors) => person.was_well(Doing::Socket, struck),
                     Some(fault) if fault.is_seen() => !person.troubles.lock().unwrap().is_empty(),
-                    Some(_) => person.was_well(Doing::Navigation, struck),
+                    Some(_) => person.has_been_well_since(struck),
                 })
         })
         .await;
