@@ -93,7 +93,8 @@ async fn an_instance_that_hangs_leaves_room_for_others() {
     ];
     let asked = http::request(world.dispatcher.address(), "GET", "/", &headers, b"");
     assert_eq!(asked.await.unwrap().status, 200);
-    let descriptors = world.descriptors_at_rest().await;
+    world.descriptors_at_rest().await;
+    let sockets = world.sockets();
     world.crowd.instance(0).set(|vices| vices.silent = true);
     let mut hanging = Vec::new();
     for _ in 0..1000 {
@@ -105,7 +106,7 @@ async fn an_instance_that_hangs_leaves_room_for_others() {
         hanging.push(client);
     }
     wait_for("a thousand requests that hang", async || {
-        world.descriptors() >= descriptors + 2000
+        world.sockets() >= sockets + 2000
     })
     .await;
     let asked = http::request(world.dispatcher.address(), "GET", "/", &headers, b"");
@@ -114,8 +115,8 @@ async fn an_instance_that_hangs_leaves_room_for_others() {
     let answered = world.dispatcher.navigate(&bob.name, &bob.cookie).await;
     assert_eq!(answered.status, 200);
     drop(hanging);
-    wait_for("return to the descriptors before", async || {
-        world.descriptors() == descriptors
+    wait_for("return to the sockets before", async || {
+        world.sockets() == sockets
     })
     .await;
     world.crowd.instance(0).set(|vices| vices.silent = false);

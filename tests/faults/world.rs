@@ -136,7 +136,11 @@ impl Fault {
             Silent | EndlessInterim => *what == What::NoAnswer && *doing != Doing::Socket,
             ResetInHead | NoHttp | EndlessHead | HugeHead => refused(502, "instance-failed"),
             ResetInBody | ShortBody | BadChunks => is_cut && *doing != Doing::Socket,
-            TableFlaps => refused(403, "unknown-user") || *what == What::Closed(Some(1008)),
+            TableFlaps => {
+                refused(403, "unknown-user")
+                    || refused(502, "instance-unreachable")
+                    || *what == What::Closed(Some(1008))
+            }
             NoDescriptors => {
                 refused(503, "out-of-descriptors")
                     || *what == What::NoAnswer && *doing != Doing::Socket
@@ -264,7 +268,16 @@ impl World {
         self.dispatcher.descriptors().len()
     }
 
-    /// The same once nobody has come for a while, and kept connections are closed.
+    /// How many of them are sockets.
+    pub fn sockets(&self) -> usize {
+        let open = fs::read_dir(self.proc("fd")).unwrap();
+        // One that was closed since has no target any more.
+        let targets = open.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
+        let is_socket = |target: &PathBuf| target.to_string_lossy().starts_with("socket:");
+        targets.filter(is_socket).count()
+    }
+
+    /// How many descriptors it has once nobody has come for a while, and kept connections are closed.
     pub async fn descriptors_at_rest(&self) -> usize {
         let (mut count, mut since) = (self.descriptors(), Instant::now());
         while since.elapsed() < Duration::from_secs(5) {
