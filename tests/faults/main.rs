@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use common::dispatcher::wait_for;
 use common::http::{self, Client};
+use crowd::PATIENCE;
 use world::{Fault, World};
 
 /// People at work.
@@ -110,7 +111,10 @@ async fn an_instance_that_hangs_leaves_room_for_others() {
     })
     .await;
     let asked = http::request(world.dispatcher.address(), "GET", "/", &headers, b"");
-    let refused = asked.await.unwrap();
+    let refused = tokio::time::timeout(PATIENCE, asked)
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(refused.get("x-t3-dispatch-error"), Some("instance-busy"));
     let answered = world.dispatcher.navigate(&bob.name, &bob.cookie).await;
     assert_eq!(answered.status, 200);
