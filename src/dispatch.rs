@@ -11,7 +11,7 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::HttpPeer;
 use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use pingora::{Error, ErrorSource, ErrorType, Result};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 
 use crate::config::Dispatch;
 use crate::downstream::head_is_read;
@@ -56,6 +56,8 @@ struct Inner {
 pub struct Ctx {
     _in_flight: InFlight,
     start: Instant,
+    /// Its place among what is under way at the instance.
+    place: Option<OwnedSemaphorePermit>,
     /// Who asks, and where it goes; set once both are known.
     found: Option<(String, Arc<Instance>)>,
     /// The books of the WebSocket that it asks for, which are closed when this is dropped.
@@ -329,6 +331,14 @@ fn is_client_gone(error: &Error) -> bool {
     *error.esource() == ErrorSource::Downstream && broken
 }
 
+/// Whether there was no file descriptor for a connection, which is no fault of whoever it was to reach.
+fn lacks_descriptors(error: &Error) -> bool {
+    use rustix::io::Errno;
+    let error = error.root_cause().downcast_ref::<std::io::Error>();
+    let errno = error.and_then(Errno::from_io_error);
+    errno.is_some_and(|errno| matches!(errno, Errno::MFILE | Errno::NFILE))
+}
+
 /// How a connection broke, by the system's error at the root of Pingora's.
 fn how_it_broke(error: &Error) -> How {
     if let Some(error) = error.root_cause().downcast_ref::<std::io::Error>() {
@@ -379,6 +389,7 @@ impl ProxyHttp for Dispatcher {
         Ctx {
             _in_flight: InFlight::enter(),
             start: Instant::now(),
+            place: None,
             found: None,
             tunnel: None,
             outcome: None,
@@ -455,6 +466,10 @@ impl ProxyHttp for Dispatcher {
         let origins = &self.0.settings.tunnels.allowed_origins;
         if upgrade && !forward::is_origin_allowed(&session.req_header().headers, origins) {
             return refuse(session, ctx, Refusal::CrossOrigin, Some(&user)).await;
+        }
+        ctx.place = instance.places.clone().try_acquire_owned().ok();
+        if ctx.place.is_none() {
+            return refuse(session, ctx, Refusal::InstanceBusy, Some(&user)).await;
         }
         if !self.0.has_session(session.req_header(), &instance).await {
             return self.0.pair(session, ctx, &user, &instance).await;
@@ -594,6 +609,7 @@ impl ProxyHttp for Dispatcher {
         let refusal = match (error.esource(), error.etype()) {
             _ if revoked => Refusal::UnknownUser,
             (ErrorSource::Downstream, _) => Refusal::BadRequest,
+            _ if lacks_descriptors(error) => Refusal::OutOfDescriptors,
             (
                 ErrorSource::Upstream,
                 ErrorType::ConnectRefused

@@ -17,7 +17,7 @@ use pingora::services::background::BackgroundService;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::events;
 use crate::session::CookieName;
@@ -27,6 +27,10 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// How long a file may go on changing before a fault in it is reported all the same.
 const SETTLE: Duration = Duration::from_secs(1);
+
+/// How much may be under way at one instance, WebSockets included. One that hangs keeps two descriptors for each, and there
+/// have to be some for everybody else.
+const PLACES: usize = 1000;
 
 /// One `t3 serve` process, as the table names it, and what has been learnt of it since.
 ///
@@ -42,6 +46,8 @@ pub struct Instance {
     pub generation: u64,
     /// The name of its session cookie.
     pub cookie: CookieName,
+    /// A place for each request and tunnel that may be under way.
+    pub places: Arc<Semaphore>,
 }
 
 impl Instance {
@@ -51,6 +57,7 @@ impl Instance {
             port,
             generation: unique(),
             cookie: CookieName::default(),
+            places: Arc::new(Semaphore::new(PLACES)),
         }
     }
 }
