@@ -222,7 +222,7 @@ impl Dispatch {
                 let command_written = section.is_written("mint");
                 let command = section.take(
                     "mint",
-                    ["sudo", "-n", "/usr/local/bin/t3-mint"],
+                    ["sudo", "-n", "/usr/bin/t3-mint"],
                     |argv: Vec<String>| {
                         filled(
                             argv,

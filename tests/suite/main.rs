@@ -9,6 +9,7 @@ mod commands;
 mod gate;
 mod identity;
 mod machine;
+mod manual;
 mod mint;
 mod operator;
 mod pairing;
