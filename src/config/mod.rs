@@ -335,7 +335,14 @@ fn read_pingora(top: Mapping, faults: &mut Vec<Fault>) -> (ServerConf, Vec<Strin
     let threads_written = top.contains_key("threads");
     let faults_before = faults.len();
     let mut warnings = Vec::new();
-    let mut accepted = Mapping::new();
+    // Pingora's own defaults lie in /tmp, where anybody could put a socket that would then be sent the listening ones.
+    let mut accepted = Mapping::from_iter([
+        (
+            "upgrade_sock".into(),
+            "/run/t3-dispatch/upgrade.sock".into(),
+        ),
+        ("pid_file".into(), "/run/t3-dispatch/t3-dispatch.pid".into()),
+    ]);
     for (key, value) in top {
         let name = plain(&key);
         if !known.contains_key(&key) {
