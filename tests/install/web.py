@@ -1,7 +1,7 @@
 """A browser, as far as the tests need one."""
 
-import os
 import http.client
+import os
 import socket
 
 DISPATCHER = ("127.0.0.1", 3780)
