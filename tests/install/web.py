@@ -8,13 +8,16 @@ DISPATCHER = ("127.0.0.1", 3780)
 
 
 def get(port, path, **headers):
-    """The status, headers and body of what is there."""
+    """The status, headers and body of what is there; without an answer, 0 and why."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
-    answer = connection.getresponse()
-    body = answer.read().decode()
-    connection.close()
-    return answer.status, answer.headers, body
+    try:
+        connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read().decode()
+    except (OSError, http.client.HTTPException) as error:
+        return 0, http.client.HTTPMessage(), str(error)
+    finally:
+        connection.close()
 
 
 def visit(user, cookie=""):
