@@ -88,3 +88,11 @@ fn the_page_of_t3_mint_says_what_its_document_says() {
         assert!(page.contains(word) && document.contains(word), "{word}");
     }
 }
+
+/// The package takes its version from the one, and tells of it in the other.
+#[test]
+fn the_changelog_of_the_package_is_of_this_version() {
+    let changelog = include_str!("../../packaging/debian/changelog");
+    let newest = format!("t3-dispatch ({}-1) ", env!("CARGO_PKG_VERSION"));
+    assert!(changelog.starts_with(&newest), "{newest}");
+}
