@@ -20,9 +20,6 @@ use common::raw::{MASK, ask};
 /// Sockets held at once.
 const AT_ONCE: usize = 4_500;
 
-/// People whose sockets they are: each may have a thousand.
-const PEOPLE: usize = 5;
-
 const SWITCH: &[u8] =
     b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n";
 
@@ -62,9 +59,8 @@ async fn serve(mut stream: TcpStream, early: bool) -> std::io::Result<()> {
 async fn hold(dispatcher: &Dispatcher, count: usize) -> usize {
     let mut held = Vec::with_capacity(count);
     let mut lost = 0;
-    for number in 0..count {
-        let person = format!("person{}", number % PEOPLE);
-        match ask(dispatcher.address(), &person, &[]).await {
+    for _ in 0..count {
+        match ask(dispatcher.address(), "alice", &[]).await {
             (101, client) => held.push(client.stream),
             _ => lost += 1,
         }
@@ -98,11 +94,9 @@ async fn main() {
         .unwrap_or(2_000);
     for early in [false, true] {
         let base = tempfile::TempDir::new().unwrap();
-        let mut setup = Setup::new(base.path(), mint::working(base.path()));
-        for number in 0..PEOPLE {
-            let person = format!("person{number}");
-            setup = setup.user(&person, &person, instance(early).await);
-        }
+        let port = instance(early).await;
+        let mut setup =
+            Setup::new(base.path(), mint::working(base.path())).user("alice", "alice", port);
         setup.log_level = "warn,t3_dispatch=info".into();
         let dispatcher = setup.start().await;
         let before = dispatcher.memory();

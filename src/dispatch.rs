@@ -11,7 +11,7 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::HttpPeer;
 use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use pingora::{Error, ErrorSource, ErrorType, Result};
-use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tokio::sync::Notify;
 
 use crate::config::Dispatch;
 use crate::downstream::head_is_read;
@@ -31,7 +31,7 @@ use crate::refuse::{Refusal, answer};
 use crate::session::{
     Verdict, accepts_html, has_session_cookie, is_document_navigation, read_check, session_cookies,
 };
-use crate::table::{Instance, Tables, unique};
+use crate::table::{Instance, Place, Tables, unique};
 use crate::tunnel::live::{self, About, Order, Tunnel};
 use crate::tunnel::{How, Side};
 use crate::verdict::Rules;
@@ -50,6 +50,8 @@ struct Inner {
     caller: Arc<Caller>,
     pairer: Arc<Pairer>,
     tokens: Option<Tokens>,
+    /// Requests and tunnels that may be under way at one instance.
+    most_each: usize,
 }
 
 /// What is known of one request so far.
@@ -57,7 +59,7 @@ pub struct Ctx {
     _in_flight: InFlight,
     start: Instant,
     /// Its place among what is under way at the instance.
-    place: Option<OwnedSemaphorePermit>,
+    place: Option<Place>,
     /// Who asks, and where it goes; set once both are known.
     found: Option<(String, Arc<Instance>)>,
     /// The books of the WebSocket that it asks for, which are closed when this is dropped.
@@ -107,8 +109,14 @@ impl Drop for InFlight {
 }
 
 impl Dispatcher {
-    /// A dispatcher that follows `tables`, and asks `tokens` who is asking where people have signed ones.
-    pub fn new(settings: Dispatch, tables: Arc<Tables>, tokens: Option<Tokens>) -> Dispatcher {
+    /// A dispatcher that follows `tables`, and asks `tokens` who is asking where people have signed ones. There is room for
+    /// so many connections.
+    pub fn new(
+        settings: Dispatch,
+        tables: Arc<Tables>,
+        tokens: Option<Tokens>,
+        room: usize,
+    ) -> Dispatcher {
         let caller = Arc::new(Caller::default());
         let pairer = Pairer::new(settings.pairing.clone(), caller.clone());
         Dispatcher(Arc::new(Inner {
@@ -118,6 +126,8 @@ impl Dispatcher {
             caller,
             pairer,
             tokens,
+            // An instance that hangs must leave some for everybody else.
+            most_each: (room / 4 * 3).max(1),
         }))
     }
 }
@@ -467,7 +477,7 @@ impl ProxyHttp for Dispatcher {
         if upgrade && !forward::is_origin_allowed(&session.req_header().headers, origins) {
             return refuse(session, ctx, Refusal::CrossOrigin, Some(&user)).await;
         }
-        ctx.place = instance.places.clone().try_acquire_owned().ok();
+        ctx.place = instance.enter(self.0.most_each);
         if ctx.place.is_none() {
             return refuse(session, ctx, Refusal::InstanceBusy, Some(&user)).await;
         }

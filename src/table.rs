@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
@@ -17,7 +17,7 @@ use pingora::services::background::BackgroundService;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Notify, watch};
 
 use crate::events;
 use crate::session::CookieName;
@@ -27,10 +27,6 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// How long a file may go on changing before a fault in it is reported all the same.
 const SETTLE: Duration = Duration::from_secs(1);
-
-/// How much may be under way at one instance, WebSockets included. One that hangs keeps two descriptors for each, and there
-/// have to be some for everybody else.
-const PLACES: usize = 1000;
 
 /// One `t3 serve` process, as the table names it, and what has been learnt of it since.
 ///
@@ -46,8 +42,8 @@ pub struct Instance {
     pub generation: u64,
     /// The name of its session cookie.
     pub cookie: CookieName,
-    /// A place for each request and tunnel that may be under way.
-    pub places: Arc<Semaphore>,
+    /// Requests and tunnels that are under way.
+    under_way: AtomicUsize,
 }
 
 impl Instance {
@@ -57,8 +53,27 @@ impl Instance {
             port,
             generation: unique(),
             cookie: CookieName::default(),
-            places: Arc::new(Semaphore::new(PLACES)),
+            under_way: AtomicUsize::new(0),
         }
+    }
+
+    /// A place for a request or a tunnel, if fewer than `most` are under way.
+    pub fn enter(self: &Arc<Instance>, most: usize) -> Option<Place> {
+        let more = |count| (count < most).then_some(count + 1);
+        self.under_way
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
+            .ok()?;
+        Some(Place(self.clone()))
+    }
+}
+
+/// A place at an instance, given back when dropped.
+#[derive(Debug)]
+pub struct Place(Arc<Instance>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.under_way.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

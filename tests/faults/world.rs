@@ -22,6 +22,9 @@ use crate::crowd::{Crowd, Doing, Trouble, What};
 /// People that each fault of an instance strikes.
 const STRUCK: usize = 3;
 
+/// As many connections as there may be.
+pub const CONNECTIONS: usize = 2000;
+
 /// How long after the end of a fault something that is begun may still fail.
 const AFTERWARDS: Duration = Duration::from_secs(5);
 
@@ -232,6 +235,7 @@ impl World {
             .set("session.check_timeout", "1s")
             .set("pairing.mint_timeout", "2s")
             .set("table_poll", "1s")
+            .set("max_connections", CONNECTIONS)
             .through(enter);
         let crowd = Crowd::new(base.path(), size, (setup.ip, 3780).into()).await;
         for (number, person) in crowd.people.iter().enumerate() {

@@ -11,6 +11,7 @@ mod gate;
 mod identity;
 mod isolation;
 mod machine;
+mod manual;
 mod mint;
 mod operator;
 mod pairing;

@@ -439,11 +439,7 @@ fn only_root_runs_it() {
     let told = service(&["t3-mint", "alice"]);
     assert_eq!((told.status, &*told.out), (126, ""), "{told:?}");
     // Not even where somebody has made it setuid.
-    fs::set_permissions(
-        machine.path("local/t3-mint"),
-        Permissions::from_mode(0o4755),
-    )
-    .unwrap();
+    fs::set_permissions(machine.path("t3-mint"), Permissions::from_mode(0o4755)).unwrap();
     assert_eq!(service(&["t3-mint", "alice"]).status, 126);
 }
 
@@ -466,7 +462,7 @@ fn sudo_lets_the_service_user_mint_and_nothing_else() {
     };
     let check = machine.run(&["visudo", "-c"]);
     assert_eq!(check.status, 0, "{check:?}");
-    let mint = "/usr/local/bin/t3-mint";
+    let mint = "/usr/bin/t3-mint";
     let longest = "a".repeat(32);
     let told = as_user(&id, &[mint, "alice"]);
     assert_eq!(told.status, 0, "{told:?}");
@@ -509,7 +505,7 @@ fn sudo_lets_the_service_user_mint_and_nothing_else() {
         .collect();
     assert_eq!(rules.len(), 1, "{}", may.out);
     assert!(
-        rules[0].contains("(root) NOPASSWD: /usr/local/bin/t3-mint ^[a-z_]"),
+        rules[0].contains("(root) NOPASSWD: /usr/bin/t3-mint ^[a-z_]"),
         "{}",
         may.out
     );
@@ -586,10 +582,7 @@ fn check(machine: &Machine, setup: &Setup, uid: u32) -> Told {
 async fn a_dispatcher_pairs_by_sudo() {
     let machine = Machine::new();
     let (_alice, setup) = place(&machine).await;
-    let setup = setup.set(
-        "pairing.mint",
-        json!(["sudo", "-n", "/usr/local/bin/t3-mint"]),
-    );
+    let setup = setup.set("pairing.mint", json!(["sudo", "-n", "/usr/bin/t3-mint"]));
     let told = check(&machine, &setup, SERVICE);
     assert_eq!(told.status, 0, "{told:?}");
     let dispatcher = setup.start().await;
