@@ -110,6 +110,9 @@ struct Shared {
     body_bytes: AtomicUsize,
 }
 
+/// How long a new connection may take over its first request (Node's `headersTimeout`).
+const FIRST_REQUEST: Duration = Duration::from_secs(60);
+
 /// A running stand-in. Dropping it kills it: connections break, and its port refuses.
 pub struct Instance {
     shared: Arc<Shared>,
@@ -322,11 +325,14 @@ impl Shared {
     }
 
     async fn serve(&self, mut client: Client, connection: usize) -> io::Result<()> {
+        // Node's keep-alive timeout is for the time between requests; for the first one it waits longer.
+        let mut patience = FIRST_REQUEST;
         loop {
-            let waiting = tokio::time::timeout(self.keep_alive, read_request_head(&mut client));
+            let waiting = tokio::time::timeout(patience, read_request_head(&mut client));
             let Ok(head) = waiting.await else {
                 return Ok(());
             };
+            patience = self.keep_alive;
             let Some(head) = head? else {
                 return respond(&mut client, 431, &[], b"", false).await;
             };
