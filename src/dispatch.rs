@@ -31,7 +31,7 @@ use crate::refuse::{Refusal, answer};
 use crate::session::{
     Verdict, accepts_html, has_session_cookie, is_document_navigation, read_check, session_cookies,
 };
-use crate::table::{Instance, Tables, unique};
+use crate::table::{Instance, Place, Tables, unique};
 use crate::tunnel::live::{self, About, Order, Tunnel};
 use crate::tunnel::{How, Side};
 use crate::verdict::Rules;
@@ -50,12 +50,16 @@ struct Inner {
     caller: Arc<Caller>,
     pairer: Arc<Pairer>,
     tokens: Option<Tokens>,
+    /// Requests and tunnels that may be under way at one instance.
+    most_each: usize,
 }
 
 /// What is known of one request so far.
 pub struct Ctx {
     _in_flight: InFlight,
     start: Instant,
+    /// Its place among what is under way at the instance.
+    place: Option<Place>,
     /// Who asks, and where it goes; set once both are known.
     found: Option<(String, Arc<Instance>)>,
     /// The books of the WebSocket that it asks for, which are closed when this is dropped.
@@ -105,8 +109,14 @@ impl Drop for InFlight {
 }
 
 impl Dispatcher {
-    /// A dispatcher that follows `tables`, and asks `tokens` who is asking where people have signed ones.
-    pub fn new(settings: Dispatch, tables: Arc<Tables>, tokens: Option<Tokens>) -> Dispatcher {
+    /// A dispatcher that follows `tables`, and asks `tokens` who is asking where people have signed ones. There is room for
+    /// so many connections.
+    pub fn new(
+        settings: Dispatch,
+        tables: Arc<Tables>,
+        tokens: Option<Tokens>,
+        room: usize,
+    ) -> Dispatcher {
         let caller = Arc::new(Caller::default());
         let pairer = Pairer::new(settings.pairing.clone(), caller.clone());
         Dispatcher(Arc::new(Inner {
@@ -116,6 +126,8 @@ impl Dispatcher {
             caller,
             pairer,
             tokens,
+            // An instance that hangs must leave some for everybody else.
+            most_each: (room / 4 * 3).max(1),
         }))
     }
 }
@@ -329,6 +341,14 @@ fn is_client_gone(error: &Error) -> bool {
     *error.esource() == ErrorSource::Downstream && broken
 }
 
+/// Whether there was no file descriptor for a connection, which is no fault of whoever it was to reach.
+fn lacks_descriptors(error: &Error) -> bool {
+    use rustix::io::Errno;
+    let error = error.root_cause().downcast_ref::<std::io::Error>();
+    let errno = error.and_then(Errno::from_io_error);
+    errno.is_some_and(|errno| matches!(errno, Errno::MFILE | Errno::NFILE))
+}
+
 /// How a connection broke, by the system's error at the root of Pingora's.
 fn how_it_broke(error: &Error) -> How {
     if let Some(error) = error.root_cause().downcast_ref::<std::io::Error>() {
@@ -379,6 +399,7 @@ impl ProxyHttp for Dispatcher {
         Ctx {
             _in_flight: InFlight::enter(),
             start: Instant::now(),
+            place: None,
             found: None,
             tunnel: None,
             outcome: None,
@@ -396,12 +417,28 @@ impl ProxyHttp for Dispatcher {
         // HTTP/1.0 knows no interim responses.
         let old = session.req_header().version < Version::HTTP_11;
         session.set_ignore_info_resp(old);
+        // Where chunks end is what servers disagree about most, and Pingora's reader takes some that are not in order. So
+        // nothing that comes behind them is ever taken for a request.
+        if session
+            .req_header()
+            .headers
+            .contains_key(header::TRANSFER_ENCODING)
+        {
+            session.set_keepalive(None);
+        }
         if forward::is_websocket(session.req_header()) {
             session.set_pipelining_enabled(false);
         } else {
             session.set_pipelining_enabled(true);
-            // Pingora would make a tunnel of less than a whole WebSocket handshake.
-            session.req_header_mut().remove_header(&header::UPGRADE);
+            // Pingora would make a tunnel of less than a whole WebSocket handshake. Whoever asks for one may take what
+            // follows for the tunnel's.
+            if session
+                .req_header_mut()
+                .remove_header(&header::UPGRADE)
+                .is_some()
+            {
+                session.set_keepalive(None);
+            }
         }
         Ok(())
     }
@@ -412,7 +449,7 @@ impl ProxyHttp for Dispatcher {
             session.set_keepalive(None);
             return refuse(session, ctx, Refusal::Head(error), None).await;
         }
-        if forward::lacks_host(session.req_header()) {
+        if forward::is_malformed(session.req_header()) {
             return refuse(session, ctx, Refusal::BadRequest, None).await;
         }
         if matches!(
@@ -439,6 +476,10 @@ impl ProxyHttp for Dispatcher {
         let origins = &self.0.settings.tunnels.allowed_origins;
         if upgrade && !forward::is_origin_allowed(&session.req_header().headers, origins) {
             return refuse(session, ctx, Refusal::CrossOrigin, Some(&user)).await;
+        }
+        ctx.place = instance.enter(self.0.most_each);
+        if ctx.place.is_none() {
+            return refuse(session, ctx, Refusal::InstanceBusy, Some(&user)).await;
         }
         if !self.0.has_session(session.req_header(), &instance).await {
             return self.0.pair(session, ctx, &user, &instance).await;
@@ -499,6 +540,13 @@ impl ProxyHttp for Dispatcher {
         response: &mut ResponseHeader,
         ctx: &mut Ctx,
     ) -> Result<()> {
+        if !forward::has_one_framing(response) {
+            return Error::e_explain(
+                ErrorType::InvalidHTTPHeader,
+                "an answer that can be read in two ways",
+            )
+            .map_err(|error: Box<Error>| error.into_up());
+        }
         let version = session.req_header().version;
         forward::response_head(response, version);
         if response.status == StatusCode::SWITCHING_PROTOCOLS
@@ -571,6 +619,7 @@ impl ProxyHttp for Dispatcher {
         let refusal = match (error.esource(), error.etype()) {
             _ if revoked => Refusal::UnknownUser,
             (ErrorSource::Downstream, _) => Refusal::BadRequest,
+            _ if lacks_descriptors(error) => Refusal::OutOfDescriptors,
             (
                 ErrorSource::Upstream,
                 ErrorType::ConnectRefused

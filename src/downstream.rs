@@ -26,7 +26,7 @@ use tokio::time::{Sleep, sleep, timeout};
 use crate::config::Identity;
 use crate::dispatch::{Dispatcher, until_cut};
 use crate::events;
-use crate::head::{HeadError, Progress};
+use crate::head::Progress;
 use crate::identity::Peer;
 use crate::probe::host;
 use crate::refuse::Refusal;
@@ -329,9 +329,9 @@ impl AsyncRead for Guarded {
                 self.head.refuse(state, Refusal::BadRequest);
                 return Poll::Pending;
             }
-            if state.progress.add(came).is_err() {
+            if let Err(error) = state.progress.add(came) {
                 buf.set_filled(before);
-                self.head.refuse(state, Refusal::Head(HeadError::TooLarge));
+                self.head.refuse(state, Refusal::Head(error));
                 return Poll::Pending;
             }
             return read;

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use http::uri::Authority;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use pingora::Result;
 use pingora::http::{RequestHeader, ResponseHeader};
@@ -42,18 +43,43 @@ pub fn is_websocket(request: &RequestHeader) -> bool {
             .is_none_or(|length| length == "0")
 }
 
-/// Whether an HTTP/1.1 request does not say which host it is for (RFC 9112, section 3.2).
-pub fn lacks_host(request: &RequestHeader) -> bool {
+/// Whether a request does not say what it is for in a way that everybody reads alike: by a path or a URL, and a host
+/// (RFC 9112, section 3.2).
+pub fn is_malformed(request: &RequestHeader) -> bool {
+    let target = request.raw_path();
     let absolute = matches!(
-        raw_target_authority(request.raw_path()),
+        raw_target_authority(target),
         RawTargetAuthority::Absolute { .. }
     );
-    request.version == Version::HTTP_11 && !absolute && !request.headers.contains_key(header::HOST)
+    let asterisk = target == b"*" && request.method == Method::OPTIONS;
+    let has_host = match request.headers.get(header::HOST) {
+        Some(host) => host.is_empty() || is_host(host.as_bytes()),
+        None => absolute || request.version < Version::HTTP_11,
+    };
+    !has_host || !(target.starts_with(b"/") || absolute || asterisk)
+}
+
+/// Whether these bytes are a host, with or without a port.
+fn is_host(bytes: &[u8]) -> bool {
+    Authority::try_from(bytes)
+        .is_ok_and(|authority| authority.as_str() == authority.host() || authority.port().is_some())
 }
 
 /// Whether a 101 says that what follows is a WebSocket.
 pub fn switches_to_websocket(response: &ResponseHeader) -> bool {
     has_token(&response.headers, header::UPGRADE, "websocket")
+}
+
+/// Whether the end of a response's body is told in one way only. The connection to the edge is other people's next.
+pub fn has_one_framing(response: &ResponseHeader) -> bool {
+    let mut codings = response.headers.get_all(header::TRANSFER_ENCODING).iter();
+    let mut lengths = response.headers.get_all(header::CONTENT_LENGTH).iter();
+    codings.next().is_none_or(|coding| coding == "chunked")
+        && lengths
+            .next()
+            .is_none_or(|length| length.as_bytes().iter().all(u8::is_ascii_digit))
+        && codings.next().is_none()
+        && lengths.next().is_none()
 }
 
 fn has_token(headers: &HeaderMap, name: HeaderName, token: &str) -> bool {

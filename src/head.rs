@@ -22,6 +22,9 @@ pub enum HeadError {
     /// A line continues the one before it, or is not a name, a colon and a value.
     #[error("a line of the head is not a header")]
     NoHeader,
+    /// The request line is not three words.
+    #[error("the request line is not a method, a target and a version")]
+    RequestLine,
     /// Where the body ends can be read in more than one way (RFC 9112, section 6.3).
     #[error("the head does not say beyond doubt where the body ends")]
     Framing,
@@ -84,8 +87,11 @@ pub fn check(head: &[u8]) -> Result<(), HeadError> {
 pub struct Progress {
     bytes: usize,
     lines: usize,
-    /// What the line so far has, but for CR.
+    /// Whether the line so far has anything but CR.
     in_line: bool,
+    /// Spaces in the request line, and whether its last byte was CR.
+    spaces: usize,
+    after_cr: bool,
     ended: bool,
 }
 
@@ -100,15 +106,19 @@ impl Progress {
         self.ended
     }
 
-    /// Counts what has come.
+    /// Counts what has come, and reads the request line: Pingora would mend one that is not well formed, in a way of its own.
     ///
     /// # Errors
-    /// When it is more than a head may be.
+    /// When it is more than a head may be, or the request line is none.
     pub fn add(&mut self, bytes: &[u8]) -> Result<(), HeadError> {
         let mut start = 0;
         for end in memchr::memchr_iter(b'\n', bytes) {
             let line = &bytes[start..end];
             let empty = !self.in_line && is_blank(line);
+            if self.lines == 0 {
+                self.request_line(line)?;
+                self.after_cr = false;
+            }
             start = end + 1;
             self.in_line = false;
             if !empty {
@@ -119,12 +129,30 @@ impl Progress {
             }
         }
         if !self.ended {
+            if self.lines == 0 {
+                self.request_line(&bytes[start..])?;
+            }
             self.in_line |= !is_blank(&bytes[start..]);
             start = bytes.len();
         }
         self.bytes += start;
         if self.bytes > MOST_BYTES || self.lines > MOST_LINES + 1 {
             return Err(HeadError::TooLarge);
+        }
+        Ok(())
+    }
+}
+
+impl Progress {
+    /// Reads a part of the request line, or of empty lines before it.
+    fn request_line(&mut self, part: &[u8]) -> Result<(), HeadError> {
+        for byte in part {
+            let odd = byte.is_ascii_control() && *byte != b'\r';
+            self.spaces += usize::from(*byte == b' ');
+            if odd || self.spaces > 2 || self.after_cr && *byte != b'\r' {
+                return Err(HeadError::RequestLine);
+            }
+            self.after_cr = *byte == b'\r';
         }
         Ok(())
     }
@@ -209,6 +237,37 @@ mod tests {
         let filled = |bytes: usize| verdict(&format!("X: {}\r\n", "y".repeat(bytes - frame)));
         assert_eq!(filled(MOST_BYTES), Ok(()));
         assert_eq!(filled(MOST_BYTES + 1), Err(HeadError::TooLarge));
+    }
+
+    #[test]
+    fn a_request_line_is_three_words() {
+        let read = |line: &str| {
+            let head = format!("{line}\r\nHost: a\r\n\r\n");
+            let mut progress = Progress::default();
+            progress.add(head.as_bytes())
+        };
+        for line in [
+            "GET / HTTP/1.1",
+            "GET /ä HTTP/1.1",
+            "\r\n\n\r\nGET /?a=b HTTP/1.0",
+        ] {
+            assert_eq!(read(line), Ok(()), "{line:?}");
+        }
+        for line in [
+            "GET  / HTTP/1.1",
+            "GET /  HTTP/1.1",
+            "GET / HTTP/1.1 ",
+            " GET / HTTP/1.1",
+            "GET / x HTTP/1.1",
+            "GET\t/ HTTP/1.1",
+            "GET /\0 HTTP/1.1",
+            "GET /\x0b HTTP/1.1",
+            "GET /\x7f HTTP/1.1",
+            "GET /\rx HTTP/1.1",
+            "\rGET / HTTP/1.1",
+        ] {
+            assert_eq!(read(line), Err(HeadError::RequestLine), "{line:?}");
+        }
     }
 
     #[test]

@@ -203,7 +203,7 @@ impl BackgroundService for Judge {
                 docket.forget(now);
                 let (due, waiting): (Vec<_>, Vec<_>) = std::mem::take(&mut docket.waiting)
                     .into_iter()
-                    .partition(|(_, due)| *due <= now);
+                    .partition(|(_, due)| is_due(*due, now));
                 docket.waiting = waiting.into();
                 due
             };
@@ -218,6 +218,15 @@ impl BackgroundService for Judge {
             pronounce(due.iter().map(|(record, _)| record));
         }
     }
+}
+
+/// Whether a window has closed by now. One that is further away than windows are long was opened before the clock was set
+/// back: nobody waits for that time to come again.
+fn is_due(due: Millis, now: Millis) -> bool {
+    let window = SETTINGS
+        .get()
+        .map_or(0, |(rules, ..)| rules.window().as_millis() as Millis);
+    due <= now || due > now + window
 }
 
 /// Whether a leg is there through this connection.
@@ -243,7 +252,7 @@ fn may_wait(record: &Record, due: Millis, now: Millis, away: Millis, rules: &Rul
     let watchdog = (rules.watchdog + rules.heartbeat).as_millis() as Millis;
     record.opened
         && record.ended_by == Some(Ender::Client)
-        && now < due + for_legs(rules)
+        && (due..due + for_legs(rules)).contains(&now)
         && away >= record.ended() - watchdog - record.unheard_ms as Millis
 }
 

@@ -258,10 +258,12 @@ impl Pairer {
     async fn run(&self, instance: &Instance) -> Result<Paired, PairError> {
         // The semaphore is fair: turns come in the order of asking.
         let place = tokio::time::timeout(TURN, self.places.acquire()).await;
-        let _place = place
+        let place = place
             .map_err(|_| PairError::Busy)?
             .map_err(|_| PairError::Abandoned)?;
         let credential = mint(&self.settings, &instance.os_user, Stdio::null()).await?;
+        // An instance that hangs takes no turn from others: it is the mint that costs something.
+        drop(place);
         self.exchange(instance, credential).await
     }
 

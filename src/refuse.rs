@@ -48,6 +48,10 @@ pub enum Refusal {
     InstanceFailed,
     /// The instance took a WebSocket's handshake and did not answer it.
     InstanceSilent,
+    /// As much is under way at the instance as may be.
+    InstanceBusy,
+    /// This process has no file descriptor left to reach the instance with.
+    OutOfDescriptors,
     /// The echo is for WebSockets.
     NotAWebSocket,
     /// The echo has no place left.
@@ -93,6 +97,8 @@ impl Refusal {
             Refusal::InstanceUnreachable => "instance-unreachable",
             Refusal::InstanceFailed => "instance-failed",
             Refusal::InstanceSilent => "instance-silent",
+            Refusal::InstanceBusy => "instance-busy",
+            Refusal::OutOfDescriptors => "out-of-descriptors",
             Refusal::NotAWebSocket => "not-a-websocket",
             Refusal::ProbeBusy => "probe-busy",
             Refusal::CrossOrigin => "cross-origin",
@@ -130,6 +136,8 @@ impl Refusal {
             | Refusal::InstanceFailed => StatusCode::BAD_GATEWAY,
             Refusal::PairingBusy
             | Refusal::ProbeBusy
+            | Refusal::InstanceBusy
+            | Refusal::OutOfDescriptors
             | Refusal::TooManyConnections
             | Refusal::NoKeys => StatusCode::SERVICE_UNAVAILABLE,
         }
@@ -155,6 +163,8 @@ impl Refusal {
             Refusal::InstanceUnreachable => "t3 instance is not reachable".into(),
             Refusal::InstanceFailed => "t3 instance ended the connection without an answer".into(),
             Refusal::InstanceSilent => "t3 instance does not answer".into(),
+            Refusal::InstanceBusy => "too much is under way at this t3 instance; try again shortly".into(),
+            Refusal::OutOfDescriptors => "no file descriptor is left; try again shortly".into(),
             Refusal::NotAWebSocket => "this address takes WebSockets only".into(),
             Refusal::ProbeBusy => "too many probes at once".into(),
             Refusal::CrossOrigin => {
@@ -172,6 +182,8 @@ impl Refusal {
         match self {
             Refusal::PairingBusy
             | Refusal::ProbeBusy
+            | Refusal::InstanceBusy
+            | Refusal::OutOfDescriptors
             | Refusal::TooManyConnections
             | Refusal::NoKeys => Some(5),
             Refusal::PairingTooOften(seconds) => Some(*seconds),
@@ -241,6 +253,16 @@ impl Refusal {
             Refusal::InstanceFailed => (
                 "Your workspace broke off",
                 "It took the request and ended the connection without an answer. This page tries again by itself.",
+                true,
+            ),
+            Refusal::InstanceBusy => (
+                "Too much is waiting for your workspace",
+                "It may hang, or an add-on asks it without end. Close what you do not need; this page tries again by itself.",
+                true,
+            ),
+            Refusal::OutOfDescriptors => (
+                "Too much is going on at once",
+                "Your workspace is well, but it cannot be reached right now. This page tries again by itself.",
                 true,
             ),
             Refusal::NotAWebSocket => (

@@ -157,10 +157,11 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
         .clone()
         .zip(dispatch.identity.jwt.as_ref())
         .map(|(keys, jwt)| Tokens::new(jwt, keys));
-    let dispatcher = Dispatcher::new(dispatch.clone(), tables.clone(), tokens);
+    let room = room(dispatch.max_connections as usize);
+    let dispatcher = Dispatcher::new(dispatch.clone(), tables.clone(), tokens, room);
     let front = Front::new(
         http_proxy(&server.configuration, dispatcher),
-        room(dispatch.max_connections as usize),
+        room,
         dispatch.max_connections_per_address as usize,
         dispatch.identity.clone(),
     );

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
@@ -42,6 +42,8 @@ pub struct Instance {
     pub generation: u64,
     /// The name of its session cookie.
     pub cookie: CookieName,
+    /// Requests and tunnels that are under way.
+    under_way: AtomicUsize,
 }
 
 impl Instance {
@@ -51,7 +53,27 @@ impl Instance {
             port,
             generation: unique(),
             cookie: CookieName::default(),
+            under_way: AtomicUsize::new(0),
         }
+    }
+
+    /// A place for a request or a tunnel, if fewer than `most` are under way.
+    pub fn enter(self: &Arc<Instance>, most: usize) -> Option<Place> {
+        let more = |count| (count < most).then_some(count + 1);
+        self.under_way
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
+            .ok()?;
+        Some(Place(self.clone()))
+    }
+}
+
+/// A place at an instance, given back when dropped.
+#[derive(Debug)]
+pub struct Place(Arc<Instance>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.under_way.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

@@ -250,6 +250,9 @@ impl Handover {
     }
 }
 
+/// How long a control socket that cannot take a connection waits before it tries again.
+const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
+
 /// Opens the control socket in place of the predecessor's, and passes on what comes.
 ///
 /// # Errors
@@ -263,7 +266,12 @@ pub fn listen(upgrade_sock: &str, messages: mpsc::Sender<Message>) -> io::Result
     // Renamed over the old one, so that at no moment there is none.
     std::fs::rename(&new, &path)?;
     tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
+        loop {
+            let Ok((stream, _)) = listener.accept().await else {
+                // No descriptor is left, which passes; and without this socket no successor could ever take over.
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+                continue;
+            };
             let messages = messages.clone();
             tokio::spawn(async move {
                 if let Ok(Ok(Some(message))) = timeout(Duration::from_secs(5), read(stream)).await {

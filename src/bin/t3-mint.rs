@@ -1,8 +1,5 @@
-//! `t3-mint OS_USER` mints a pairing credential as that OS user, whose `t3` prints it. It is the only thing here that
-//! runs as root: by sudo for the service user, or as `t3-mint --socket` with a connection to that user on 0 and 1, on
-//! which a line with the OS user comes in, and what `t3` prints goes out, then a last line `exit STATUS`.
-//!
-//! Exit status: that of `t3`, or 128 and the number of the signal that ended it, or 2 to 127 as in docs/mint.md.
+//! `t3-mint OS_USER` mints a pairing credential as that OS user, whose `t3` prints it: the only thing here that runs as
+//! root. `t3-mint --socket` is asked by the service user over the connection on 0 and 1. The rest is in docs/mint.md.
 #![deny(clippy::undocumented_unsafe_blocks)]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulong};
@@ -19,13 +16,15 @@ const LIMIT: Duration = Duration::from_secs(10);
 unsafe extern "C" {
     safe fn alarm(seconds: c_uint) -> c_uint;
     safe fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int;
+    safe fn getuid() -> u32;
     safe fn kill(pid: c_int, signal: c_int) -> c_int;
     safe fn setsid() -> c_int;
     safe fn setgid(gid: u32) -> c_int;
     safe fn setuid(uid: u32) -> c_int;
+    fn prctl(option: c_int, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong) -> c_int;
     safe fn signal(signal: c_int, handler: Option<extern "C" fn(c_int)>) -> usize;
     safe fn umask(mask: c_uint) -> c_uint;
-    fn prctl(option: c_int, a: c_ulong, b: c_ulong, c: c_ulong, d: c_ulong) -> c_int;
+    safe fn waitpid(pid: c_int, status: &mut c_int, options: c_int) -> c_int;
     fn getsockopt(fd: c_int, level: c_int, name: c_int, value: *mut u32, size: *mut u32) -> c_int;
     fn initgroups(user: *const c_char, gid: u32) -> c_int;
 }
@@ -46,6 +45,7 @@ fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let socket = arguments == ["--socket"];
     let asked = match &arguments[..] {
+        _ if getuid() != 0 => Err((126, "is for root, by sudo or its socket".into())),
         [_] if socket => request(),
         [user] => Ok(user.to_string_lossy().into_owned()),
         _ => Err((2, "usage: t3-mint OS_USER".into())),
@@ -61,7 +61,7 @@ fn main() -> ExitCode {
     ExitCode::from(status)
 }
 
-/// Reads the OS user that the service user, and nobody else, asks for on the socket.
+/// Reads the OS user that the service user, and nobody else, asks for on the socket. A line that is cut short is none.
 fn request() -> Result<String, (u8, String)> {
     let (mut peer, mut size) = ([0, u32::MAX, u32::MAX], 12);
     // SAFETY: SO_PEERCRED (17 of SOL_SOCKET, 1) writes three numbers of 32 bits at most: pid, uid, gid.
@@ -72,7 +72,6 @@ fn request() -> Result<String, (u8, String)> {
         refuse!(5, "uid {} on the socket is not {service}", peer[1]);
     }
     let mut line = String::new();
-    // A line that is cut short, or too long for a name, is no name.
     let _ = io::stdin().lock().take(34).read_line(&mut line);
     Ok(line.strip_suffix('\n').unwrap_or_default().to_owned())
 }
@@ -80,9 +79,8 @@ fn request() -> Result<String, (u8, String)> {
 /// The text of a file that only root can have written; `None` where there is none.
 fn read(path: &str) -> Result<Option<String>, (u8, String)> {
     let good = |meta: Metadata| meta.is_file() && meta.uid() == 0 && meta.mode() & 0o022 == 0;
-    // O_NONBLOCK: not to wait at a FIFO.
-    let opened = File::options().read(true).custom_flags(0o4000).open(path);
-    match opened {
+    // O_NONBLOCK, for FIFOs.
+    match File::options().read(true).custom_flags(0o4000).open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Ok(file) if !file.metadata().is_ok_and(good) => refuse!(4, "{path} is not root's alone"),
         opened => match opened.and_then(io::read_to_string) {
@@ -146,8 +144,11 @@ fn mint(user: String) -> Result<u8, (u8, String)> {
     command.env("PATH", "/usr/local/bin:/usr/bin:/bin");
     command.envs([("HOME", &home), ("USER", &user)]);
     let name = CString::new(&*user).unwrap_or_default();
-    // SAFETY: there is one thread, so the fork leaves nothing locked.
-    unsafe { command.pre_exec(move || become_user(&name, uid, gid, &home)) };
+    // SAFETY: there is one thread, so the fork leaves nothing locked. PR_SET_CHILD_SUBREAPER: orphans come to this process.
+    unsafe {
+        prctl(36, 1, 0, 0, 0);
+        command.pre_exec(move || become_user(&name, uid, gid, &home));
+    }
     let spawned = command.spawn();
     let mut child = spawned.or_else(|error| refuse!(126, "os_user={user} {t3}: {error}"))?;
     let mut ended = None;
@@ -155,10 +156,13 @@ fn mint(user: String) -> Result<u8, (u8, String)> {
         std::thread::sleep(Duration::from_millis(2));
         ended = child.try_wait().unwrap_or_default();
     }
-    // It leads a session, and so a group. What it has left in there ends with it.
-    kill(-(child.id() as c_int), 9);
+    // What it has left behind ends with it, in whatever session that is.
+    let children = || fs::read_to_string("/proc/thread-self/children").unwrap_or_default();
+    while let Some(Ok(pid)) = children().split_whitespace().next().map(str::parse) {
+        kill(pid, 9);
+        waitpid(pid, &mut 0, 0);
+    }
     let Some(ended) = ended else {
-        let _ = child.wait();
         refuse!(124, "os_user={user} took more than {LIMIT:?}");
     };
     let status = ended.code().unwrap_or(128 + ended.signal().unwrap_or(0)) as u8;
@@ -177,12 +181,10 @@ fn become_user(name: &CStr, uid: u32, gid: u32, home: &str) -> io::Result<()> {
             && prctl(1, 9, 0, 0, 0) == 0
             && prctl(38, 1, 0, 0, 0) == 0
             && close_range(3, c_uint::MAX, 4) == 0
+            && setuid(0) == -1
     };
-    let failed = Err(io::Error::last_os_error());
-    let status = fs::read_to_string("/proc/thread-self/status")?;
-    let all_are = |ids, id| status.contains(&format!("\n{ids}:\t{id}\t{id}\t{id}\t{id}\n"));
-    if !became || !all_are("Uid", uid) || !all_are("Gid", gid) || setuid(0) != -1 {
-        return failed;
+    if !became {
+        return Err(io::Error::last_os_error());
     }
     std::env::set_current_dir(home).or_else(|_| std::env::set_current_dir("/"))
 }

@@ -268,7 +268,7 @@ impl Dispatch {
                 let command_written = section.is_written("mint");
                 let command = section.take(
                     "mint",
-                    ["sudo", "-n", "/usr/local/bin/t3-mint"],
+                    ["sudo", "-n", "/usr/bin/t3-mint"],
                     |argv: Vec<String>| {
                         filled(
                             argv,
@@ -378,7 +378,14 @@ fn read_pingora(top: Mapping, faults: &mut Vec<Fault>) -> (ServerConf, Vec<Strin
     let threads_written = top.contains_key("threads");
     let faults_before = faults.len();
     let mut warnings = Vec::new();
-    let mut accepted = Mapping::new();
+    // Pingora's own defaults lie in /tmp, where anybody could put a socket that would then be sent the listening ones.
+    let mut accepted = Mapping::from_iter([
+        (
+            "upgrade_sock".into(),
+            "/run/t3-dispatch/upgrade.sock".into(),
+        ),
+        ("pid_file".into(), "/run/t3-dispatch/t3-dispatch.pid".into()),
+    ]);
     for (key, value) in top {
         let name = plain(&key);
         if !known.contains_key(&key) {
@@ -437,7 +444,7 @@ fn overlap(a: &Listen, b: &Listen) -> bool {
 fn listen(text: String) -> Result<Listen, String> {
     let Some(path) = text.strip_prefix("unix:") else {
         return address(text).map(Listen::Tcp).map_err(|what| {
-            what + ", or unix: and the path of a socket, for example unix:/run/t3-dispatch/http.sock"
+            what + ", or unix: and the path of a socket, for example unix:/run/t3-edge/http.sock"
         });
     };
     // The kernel's limit for the path of a socket.

@@ -297,6 +297,27 @@ impl Dispatcher {
         }
     }
 
+    /// The numbers of its open file descriptors.
+    pub fn descriptors(&self) -> Vec<u64> {
+        let folder = std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+        let number = |name: std::ffi::OsString| name.to_str().unwrap().parse().unwrap();
+        folder
+            .map(|entry| number(entry.unwrap().file_name()))
+            .collect()
+    }
+
+    /// Lets it open no further file descriptor, or as many as it may again.
+    pub fn allow_descriptors(&self, allow: bool) {
+        use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        let open = self.descriptors();
+        // The limit is one to their numbers.
+        let full = (0..).find(|number| !open.contains(number));
+        let current = if allow { maximum } else { full };
+        let pid = Pid::from_child(&self.child);
+        prlimit(Some(pid), Resource::Nofile, Rlimit { current, maximum }).unwrap();
+    }
+
     /// Resident memory in KiB.
     pub fn memory(&self) -> usize {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();

@@ -63,6 +63,31 @@ pub struct Vices {
     pub hides_cookie_name: bool,
     /// Speaks as another version than it was started as, as if it had been upgraded.
     pub upgraded_to: Option<Version>,
+    /// Answers everything so much later.
+    pub answers_after: Duration,
+    /// Sends this in place of an answer.
+    pub spoils: Option<Spoil>,
+}
+
+/// What may come in place of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spoil {
+    /// A whole answer, of which a byte comes every 15 ms. Handshakes are answered as ever.
+    Trickle,
+    /// A reset in the middle of the head.
+    CutHead,
+    /// A reset in the middle of the body.
+    CutBody,
+    /// Header lines without an end.
+    EndlessHead,
+    /// One header of two megabytes.
+    HugeHead,
+    /// Less body than was promised, and then the end.
+    ShortBody,
+    /// A chunked body whose second chunk has no length.
+    BadChunks,
+    /// Interim answers without an end.
+    EndlessInterim,
 }
 
 /// A request as the instance saw it.
@@ -85,11 +110,15 @@ struct Shared {
     body_bytes: AtomicUsize,
 }
 
+/// How long a new connection may take over its first request (Node's `headersTimeout`).
+const FIRST_REQUEST: Duration = Duration::from_secs(60);
+
 /// A running stand-in. Dropping it kills it: connections break, and its port refuses.
 pub struct Instance {
     shared: Arc<Shared>,
     accepting: JoinHandle<()>,
     alive: watch::Sender<()>,
+    stopped: watch::Sender<bool>,
 }
 
 impl Instance {
@@ -120,12 +149,19 @@ impl Instance {
             body_bytes: AtomicUsize::new(0),
         });
         let (alive, watching) = watch::channel(());
-        let accepting = tokio::spawn(accept(listener, shared.clone(), watching));
+        let (stopped, orders) = watch::channel(false);
+        let accepting = tokio::spawn(accept(listener, shared.clone(), watching, orders));
         Instance {
             shared,
             accepting,
             alive,
+            stopped,
         }
+    }
+
+    /// Stops it as SIGSTOP does, or has it go on: the kernel takes connections and bytes, and nobody reads them.
+    pub fn stop(&self, stopped: bool) {
+        self.stopped.send_replace(stopped);
     }
 
     pub fn port(&self) -> u16 {
@@ -196,10 +232,16 @@ pub fn forget_sessions(home: &Path) {
     }
 }
 
-async fn accept(listener: TcpListener, shared: Arc<Shared>, watching: watch::Receiver<()>) {
-    while let Ok((stream, _)) = listener.accept().await {
+async fn accept(
+    listener: TcpListener,
+    shared: Arc<Shared>,
+    watching: watch::Receiver<()>,
+    stopped: watch::Receiver<bool>,
+) {
+    while let Ok((stream, _)) = unless_stopped(listener.accept(), stopped.clone()).await {
         let _ = stream.set_nodelay(true);
         let (shared, mut watching) = (shared.clone(), watching.clone());
+        let stopped = stopped.clone();
         let connection = shared.connections.fetch_add(1, Ordering::Relaxed);
         tokio::spawn(async move {
             let client = Client {
@@ -207,11 +249,26 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, watching: watch::Rec
                 unread: Vec::new(),
             };
             tokio::select! {
-                _ = shared.serve(client, connection) => {}
+                _ = unless_stopped(shared.serve(client, connection), stopped) => {}
                 // Sent on when killed, dropped with the instance: either way this process is gone.
                 _ = watching.changed() => {}
             }
         });
+    }
+}
+
+/// Does nothing of `work` while it is stopped.
+async fn unless_stopped<T>(work: impl Future<Output = T>, mut stopped: watch::Receiver<bool>) -> T {
+    tokio::pin!(work);
+    loop {
+        if stopped.wait_for(|stopped| !stopped).await.is_err() {
+            return std::future::pending().await;
+        }
+        tokio::select! {
+            biased;
+            Ok(()) = stopped.changed() => {}
+            done = &mut work => return done,
+        }
     }
 }
 
@@ -268,11 +325,14 @@ impl Shared {
     }
 
     async fn serve(&self, mut client: Client, connection: usize) -> io::Result<()> {
+        // Node's keep-alive timeout is for the time between requests; for the first one it waits longer.
+        let mut patience = FIRST_REQUEST;
         loop {
-            let waiting = tokio::time::timeout(self.keep_alive, read_request_head(&mut client));
+            let waiting = tokio::time::timeout(patience, read_request_head(&mut client));
             let Ok(head) = waiting.await else {
                 return Ok(());
             };
+            patience = self.keep_alive;
             let Some(head) = head? else {
                 return respond(&mut client, 431, &[], b"", false).await;
             };
@@ -298,6 +358,14 @@ impl Shared {
         }
         if vices.closes_unanswered {
             return Ok(Next::Close);
+        }
+        if !vices.answers_after.is_zero() {
+            tokio::time::sleep(vices.answers_after).await;
+        }
+        if let Some(spoil) = vices.spoils
+            && (spoil != Spoil::Trickle || head.get("upgrade").is_none())
+        {
+            return self.spoil(client, head, spoil).await;
         }
         let (method, target) = (head.method(), head.target());
         let path = target.split('?').next().unwrap_or_default();
@@ -330,6 +398,63 @@ impl Shared {
                 Ok(Next::KeepAlive)
             }
         }
+    }
+
+    async fn spoil(&self, client: &mut Client, head: &Head, spoil: Spoil) -> io::Result<Next> {
+        const BEGUN: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n";
+        match spoil {
+            Spoil::Trickle => {
+                let body = match head.method() {
+                    "POST" => read_body(client, head).await?,
+                    _ => format!("<h1>{}'s workspace</h1>", self.os_user).into(),
+                };
+                let length = body.len().to_string();
+                let answer = response_head(200, &[("Content-Length", &length)]);
+                for byte in answer.bytes().chain(body) {
+                    client.send([byte]).await?;
+                    tokio::time::sleep(Duration::from_millis(15)).await;
+                }
+                return Ok(Next::KeepAlive);
+            }
+            Spoil::CutHead | Spoil::CutBody => {
+                client.send(BEGUN).await?;
+                if spoil == Spoil::CutBody {
+                    client.send("Content-Length: 100\r\n\r\nhalf").await?;
+                }
+                // What is still to be sent would go with the connection.
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                let none = Some(Duration::ZERO);
+                rustix::net::sockopt::set_socket_linger(&client.stream, none)?;
+            }
+            Spoil::EndlessHead => {
+                client.send(BEGUN).await?;
+                for number in 0_u64.. {
+                    client.send(format!("X-{number}: {number}\r\n")).await?;
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            }
+            Spoil::HugeHead => {
+                client.send(BEGUN).await?;
+                client
+                    .send(format!("X: {}\r\n\r\n", "x".repeat(2 << 20)))
+                    .await?;
+            }
+            Spoil::ShortBody => {
+                let head = response_head(200, &[("Content-Length", "100")]);
+                client.send(head + "half").await?;
+            }
+            Spoil::BadChunks => {
+                let head = response_head(200, &[("Transfer-Encoding", "chunked")]);
+                client
+                    .send(head + "4\r\nhalf\r\nlength\r\nhalf\r\n0\r\n\r\n")
+                    .await?;
+            }
+            Spoil::EndlessInterim => loop {
+                client.send("HTTP/1.1 103 Early Hints\r\n\r\n").await?;
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            },
+        }
+        Ok(Next::Close)
     }
 
     async fn json(

@@ -11,3 +11,4 @@ pub mod mint;
 pub mod prober;
 pub mod raw;
 pub mod signer;
+pub mod witness;

@@ -1,4 +1,4 @@
-//! A machine to be root on: mount namespaces in which `/etc`, `/usr/bin/t3`, `/usr/local/bin`, `/run` and `/dev/log` are
+//! A machine to be root on: mount namespaces in which `/etc`, `/usr/bin/t3*`, `/usr/local/bin`, `/run` and `/dev/log` are
 //! a test's own. Nothing outside of them changes.
 
 use std::fs::{self, Permissions};
@@ -30,8 +30,11 @@ mount -t tmpfs -o mode=755 none /usr/bin
 hash -r
 ln -s "$B"/programs/* /usr/bin/
 [ ! -e "$B/t3" ] || ln -sf "$B/t3" /usr/bin/t3
+ln -sf "$B/t3-mint" /usr/bin/t3-mint
+rm -f /usr/bin/t3-dispatch
+: > /usr/bin/t3-dispatch
+mount --bind "$DISPATCH" /usr/bin/t3-dispatch
 mount --bind "$B/local" /usr/local/bin
-mount --bind "$DISPATCH" /usr/local/bin/t3-dispatch
 mount -t tmpfs -o mode=755 none /run
 exec env -u B -u DISPATCH PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin "$@""#;
 
@@ -109,8 +112,7 @@ impl Machine {
         for file in ["etc/sudoers", "etc/sudoers.d/t3-dispatch"] {
             fs::set_permissions(machine.path(file), Permissions::from_mode(0o440)).unwrap();
         }
-        machine.file("local/t3-dispatch", "");
-        fs::copy(env!("CARGO_BIN_EXE_t3-mint"), machine.path("local/t3-mint")).unwrap();
+        fs::copy(env!("CARGO_BIN_EXE_t3-mint"), machine.path("t3-mint")).unwrap();
         for (name, uid) in [("alice", ALICE), ("bob", ALICE + 1)] {
             machine.folder(&format!("home/{name}"));
             chown(machine.path(&format!("home/{name}")), Some(uid), Some(uid)).unwrap();

@@ -374,6 +374,31 @@ async fn mints_are_bounded_in_all_and_turns_are_fair() {
     }
 }
 
+/// It is the mint that costs something. An instance that takes the credential and hangs takes nobody's turn.
+#[tokio::test]
+async fn an_instance_that_hangs_holds_up_nobody_else() {
+    let world = World::with(|setup| {
+        setup
+            .set("session.check_timeout", "200ms")
+            .set("pairing.max_concurrent", 1)
+            .set("pairing.exchange_timeout", "5s")
+    })
+    .await;
+    world.alice.set(|vices| vices.silent = true);
+    let alice = world.dispatcher.navigate("alice", "");
+    tokio::pin!(alice);
+    let bob = async {
+        wait_for("mint of alice's", async || world.mints() > 0).await;
+        world.dispatcher.navigate("bob", "").await
+    };
+    tokio::select! {
+        reply = &mut alice => panic!("{reply:?}"),
+        reply = bob => assert_eq!(reply.status, 302),
+    }
+    let refused = alice.await;
+    assert_eq!(refused.get("x-t3-dispatch-error"), Some("bootstrap-failed"));
+}
+
 #[tokio::test]
 async fn a_turn_that_does_not_come_is_given_up() {
     let world = World::with(|setup| {

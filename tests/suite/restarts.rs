@@ -8,8 +8,8 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::json;
 use tempfile::TempDir;
-use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
 
 use crate::common::dispatcher::{Dispatcher, Setup, program, wait_for};
 use crate::common::frames::Frame;
@@ -512,4 +512,22 @@ async fn sigterm_during_a_handover_ends_both() {
         http::Client::connect(address).await.is_err()
     })
     .await;
+}
+
+/// Whoever asks for an upgrade while there is no descriptor to listen with waits until there is one.
+#[tokio::test]
+async fn an_upgrade_that_is_asked_for_without_descriptors_comes_later() {
+    let world = World::new().await;
+    let conf = world.base().join("t3-dispatch.yaml");
+    world.dispatcher.allow_descriptors(false);
+    let mut asking = UnixStream::connect(world.base().join("upgrade.sock.control"))
+        .await
+        .unwrap();
+    asking.write_all(b"anything else\n").await.unwrap();
+    let mut answer = [0];
+    let answered = tokio::time::timeout(Duration::from_millis(500), asking.read(&mut answer));
+    assert!(answered.await.is_err(), "nobody listens any more");
+    world.dispatcher.allow_descriptors(true);
+    assert_eq!(asking.read(&mut answer).await.unwrap(), 0);
+    Successor::of(&conf).await;
 }

@@ -89,6 +89,8 @@ fn the_sample_has_every_key_with_its_default() {
     let (sampled, default) = (parse(sample), parse(""));
     assert!(sampled.warnings.is_empty(), "{:?}", sampled.warnings);
     assert_eq!(sampled.dispatch, default.dispatch);
+    assert_eq!(sampled.pingora.upgrade_sock, default.pingora.upgrade_sock);
+    assert_eq!(sampled.pingora.pid_file, default.pingora.pid_file);
     let source = concat!(
         include_str!("../../src/config/mod.rs"),
         include_str!("../../src/config/jwt.rs")
