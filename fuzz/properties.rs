@@ -826,6 +826,7 @@ pub fn ledger(data: &[u8]) {
             }
         }
     }
+    std::fs::remove_dir_all(folder).expect("the folder");
 }
 
 /// A prober's heartbeats, one a line.
