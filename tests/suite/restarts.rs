@@ -70,6 +70,24 @@ async fn socket(world: &World, session: &str) -> TcpStream {
     client.stream
 }
 
+/// A socket of alice's through this process, and how many have gone to its predecessor, which takes connections for a
+/// moment more.
+async fn socket_at(world: &World, session: &str, process: &Successor) -> (TcpStream, usize) {
+    for earlier in 0.. {
+        let opened = || world.dispatcher.logged(" ws open ");
+        let before = opened().len();
+        let stream = socket(world, session).await;
+        wait_for("log line", async || opened().len() > before).await;
+        // The ID of a request that came without one holds the process's.
+        let pid = process.0.as_raw_nonzero().get();
+        if opened()[before].contains(&format!("-{pid:x}-")) {
+            return (stream, earlier);
+        }
+        close(stream).await;
+    }
+    unreachable!("there are numbers enough")
+}
+
 async fn echo(stream: &mut TcpStream, text: &str) {
     Frame::text(text).write(stream, MASK).await.unwrap();
     assert_eq!(Frame::read(stream).await.unwrap(), Frame::text(text));
@@ -90,9 +108,13 @@ async fn a_chain_of_upgrades() {
     let conf = world.base().join("t3-dispatch.yaml");
     let mut sockets = vec![socket(&world, &session).await];
     let mut successors = Vec::new();
+    let mut more = 0;
     for _ in 0..3 {
-        successors.push(Successor::of(&conf).await);
-        sockets.push(socket(&world, &session).await);
+        let successor = Successor::of(&conf).await;
+        let (socket, earlier) = socket_at(&world, &session, &successor).await;
+        successors.push(successor);
+        sockets.push(socket);
+        more += earlier;
     }
     assert!(world.dispatcher.child.try_wait().unwrap().is_none());
     assert!(successors.iter().all(Successor::is_alive));
@@ -113,7 +135,7 @@ async fn a_chain_of_upgrades() {
     assert!(successors[2].is_alive());
     // One record each, all in one ledger.
     close(sockets[3].take().unwrap()).await;
-    let records = world.dispatcher.wait_for_records(4).await;
+    let records = world.dispatcher.wait_for_records(4 + more).await;
     assert!(
         records.iter().all(|record| record["cause"] == "graceful"),
         "{records:#?}"
@@ -432,7 +454,7 @@ async fn the_pid_file_follows() {
     };
     let first = Successor(pid());
     let second = Successor::of(&conf).await;
-    assert_eq!(pid(), second.0);
+    wait_for("the newest process ID", async || pid() == second.0).await;
     first.gone().await;
     assert!(second.is_alive());
 }
@@ -519,6 +541,18 @@ async fn sigterm_during_a_handover_ends_both() {
 async fn an_upgrade_that_is_asked_for_without_descriptors_comes_later() {
     let world = World::new().await;
     let conf = world.base().join("t3-dispatch.yaml");
+    // What is still closed from the start would leave one free.
+    wait_for("descriptors at rest", async || {
+        let open = world.dispatcher.descriptors();
+        for _ in 0..20 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            if world.dispatcher.descriptors() != open {
+                return false;
+            }
+        }
+        true
+    })
+    .await;
     world.dispatcher.allow_descriptors(false);
     let mut asking = UnixStream::connect(world.base().join("upgrade.sock.control"))
         .await
