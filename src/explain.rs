@@ -10,7 +10,7 @@ use jiff::{Timestamp, Zoned, civil};
 use serde_json::{Value, json};
 
 use crate::config::{ConfigError, Dispatch, Settings};
-use crate::evidence::{Entry, Event, Millis};
+use crate::evidence::{Entry, Event, Millis, system};
 use crate::judge;
 use crate::ledger::Ledger;
 use crate::story::{self, Drop, Story, edge_name};
@@ -90,7 +90,8 @@ pub fn run(conf: Option<&Path>, question: &Question) -> Result<String, ExplainEr
         }
         None => None,
     };
-    let mut since = SystemTime::now() - question.since.unwrap_or(SINCE);
+    let since = question.since.unwrap_or(SINCE);
+    let mut since = SystemTime::now().checked_sub(since).unwrap_or(UNIX_EPOCH);
     if let Some((at, _)) = at {
         since = since.min(system(at - NEAR));
     }
@@ -132,10 +133,6 @@ pub fn run(conf: Option<&Path>, question: &Question) -> Result<String, ExplainEr
         }
     }
     Ok(out)
-}
-
-fn system(at: Millis) -> SystemTime {
-    UNIX_EPOCH + Duration::from_millis(at.max(0) as u64)
 }
 
 /// A time as people write it; a time of day is the last one that has been.
@@ -433,7 +430,7 @@ impl Teller<'_> {
             });
         };
         for line in ledger.evidence().between(system(from), system(to))? {
-            if let Ok(entry) = serde_json::from_value::<Entry>(line)
+            if let Some(entry) = Entry::read(line)
                 && let Some((who, what)) = told(&entry.event, record.port)
             {
                 add(entry.at(), &who, what);

@@ -20,6 +20,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 
 use crate::events;
+use crate::evidence::is_ours;
 
 /// Lines that may wait for the disk.
 const WAITING: usize = 4096;
@@ -186,46 +187,65 @@ impl Ledger {
     fn read_back(&self, mut show: impl FnMut(Value) -> ControlFlow<()>) -> io::Result<usize> {
         let mut unreadable = 0;
         for path in [self.path.clone(), predecessor(&self.path)] {
-            let mut file = match File::open(&path) {
+            let file = match File::open(&path) {
                 Ok(file) => file,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(error),
             };
-            let mut left = file.metadata()?.len();
-            // The beginning of a line whose rest has been read.
-            let mut rest = Vec::new();
-            while left > 0 {
-                let step = left.min(READ_BACK);
-                left -= step;
-                let mut text = vec![0; step as usize];
-                file.seek(SeekFrom::Start(left))?;
-                file.read_exact(&mut text)?;
-                text.append(&mut rest);
-                let begins = match text.iter().position(|byte| *byte == b'\n') {
-                    Some(end) if left > 0 => end,
-                    None if left > 0 => {
-                        rest = text;
-                        continue;
-                    }
-                    _ => 0,
-                };
-                for line in text[begins..].split(|byte| *byte == b'\n').rev() {
-                    // A line that was cut, or is not ours, is no record.
-                    match serde_json::from_slice::<Value>(line) {
-                        Ok(line @ Value::Object(_)) => {
-                            if show(line).is_break() {
-                                return Ok(unreadable);
-                            }
-                        }
-                        _ => unreadable += usize::from(!line.is_empty()),
-                    }
+            // A line that was cut, or is not ours, is no record.
+            let shown = lines_back(file, READ_BACK, |line| match serde_json::from_slice(line) {
+                Ok(line @ Value::Object(_)) if is_ours(&line) => show(line),
+                _ => {
+                    unreadable += 1;
+                    ControlFlow::Continue(())
                 }
-                text.truncate(begins);
-                rest = text;
+            })?;
+            if shown.is_break() {
+                break;
             }
         }
         Ok(unreadable)
     }
+}
+
+/// Shows the lines of a file that are not empty, the last one first, until it is told to stop. `step` bytes are read at a
+/// time.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn lines_back(
+    mut file: impl Read + Seek,
+    step: u64,
+    mut show: impl FnMut(&[u8]) -> ControlFlow<()>,
+) -> io::Result<ControlFlow<()>> {
+    let mut left = file.seek(SeekFrom::End(0))?;
+    // The beginning of a line whose rest has been read.
+    let mut rest = Vec::new();
+    while left > 0 {
+        let step = left.min(step);
+        left -= step;
+        let mut text = vec![0; step as usize];
+        file.seek(SeekFrom::Start(left))?;
+        file.read_exact(&mut text)?;
+        text.append(&mut rest);
+        let begins = match text.iter().position(|byte| *byte == b'\n') {
+            Some(end) if left > 0 => end,
+            None if left > 0 => {
+                rest = text;
+                continue;
+            }
+            _ => 0,
+        };
+        let lines = text[begins..].split(|byte| *byte == b'\n').rev();
+        for line in lines.filter(|line| !line.is_empty()) {
+            if show(line).is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        text.truncate(begins);
+        rest = text;
+    }
+    Ok(ControlFlow::Continue(()))
 }
 
 /// What was read of the ledger.
@@ -297,5 +317,34 @@ pub fn flush(limit: Duration) {
     let until = Instant::now() + limit;
     while PENDING.load(Ordering::Acquire) > 0 && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_shown_from_the_last_one_whatever_is_read_at_a_time() {
+        let text = b"the first\n\n2\nthe third line\n\ncut";
+        for step in 1..=text.len() as u64 + 1 {
+            let mut shown = Vec::new();
+            let show = |line: &[u8]| {
+                shown.push(String::from_utf8_lossy(line).into_owned());
+                ControlFlow::Continue(())
+            };
+            assert!(
+                lines_back(io::Cursor::new(text), step, show)
+                    .unwrap()
+                    .is_continue()
+            );
+            assert_eq!(shown, ["cut", "the third line", "2", "the first"], "{step}");
+        }
+        let mut count = 0;
+        let stopped = lines_back(io::Cursor::new(text), 4, |_| {
+            count += 1;
+            ControlFlow::Break(())
+        });
+        assert!(stopped.unwrap().is_break() && count == 1);
     }
 }

@@ -68,7 +68,15 @@ pub async fn mint(
         Mint::Socket(path) => ask(path, limit, os_user).await,
     };
     events::minted(start.elapsed());
-    let answer = serde_json::from_slice::<Value>(&output?)
+    read_credential(&output?)
+}
+
+/// The credential in what a mint printed.
+///
+/// # Errors
+/// When there is none.
+pub fn read_credential(output: &[u8]) -> Result<Credential, MintError> {
+    let answer = serde_json::from_slice::<Value>(output)
         .map_err(|_| MintError::Unparseable("something else than JSON"))?;
     match answer.get("credential") {
         Some(Value::String(credential)) if !credential.is_empty() => {
@@ -131,8 +139,8 @@ async fn ask(path: &Path, limit: Duration, os_user: &str) -> Result<BytesMut, Mi
         .unwrap_or_else(|_| Err(failed(format!("took more than {limit:?}"))))
 }
 
-/// Where the last line of a whole answer begins, and the exit status in it.
-fn last_line(answer: &[u8]) -> Option<(usize, u8)> {
+/// Where the last line of a socket's whole answer begins, and the exit status in it.
+pub fn last_line(answer: &[u8]) -> Option<(usize, u8)> {
     let lines = answer.strip_suffix(b"\n")?;
     let end = lines.iter().rposition(|byte| *byte == b'\n')?;
     let status = lines[end + 1..].strip_prefix(b"exit ")?;

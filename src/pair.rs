@@ -167,7 +167,7 @@ impl Pairer {
     /// Pairs as `settings` say, and calls instances through `caller`.
     pub fn new(settings: Pairing, caller: Arc<Caller>) -> Arc<Pairer> {
         Arc::new(Pairer {
-            places: Semaphore::new(settings.max_concurrent),
+            places: Semaphore::new(settings.max_concurrent as usize),
             endpoints: settings
                 .endpoints
                 .iter()
@@ -210,7 +210,7 @@ impl Pairer {
         {
             return Ok(running.clone());
         }
-        if let Some(error) = turns.too_often(self.settings.per_user_per_minute) {
+        if let Some(error) = turns.too_often(self.settings.per_user_per_minute as usize) {
             return Err(error);
         }
         let (tell, told) = watch::channel(None);

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwapOption;
 use cookie::Cookie;
@@ -135,8 +135,13 @@ pub fn session_cookie_set(line: &HeaderValue, names: &CookieName) -> Option<Stri
     let cookie = Cookie::parse(text).ok()?;
     // The instance's word for its name may just have changed, so names that were not expected count too.
     let is_session = names.counts(cookie.name()) || may_be_session(cookie.name());
-    let deleted =
-        cookie.value().is_empty() || cookie.max_age().is_some_and(|age| !age.is_positive());
+    // RFC 6265, section 5.3: Max-Age goes before Expires.
+    let expired = match (cookie.max_age(), cookie.expires_datetime()) {
+        (Some(age), _) => !age.is_positive(),
+        (None, Some(at)) => at <= SystemTime::now(),
+        (None, None) => false,
+    };
+    let deleted = cookie.value().is_empty() || expired;
     (is_session && !deleted).then(|| cookie.name().to_owned())
 }
 
@@ -170,11 +175,19 @@ pub fn read_check(body: &[u8]) -> (Verdict, Option<Cow<'static, str>>) {
         .get("auth")
         .and_then(|auth| auth.get("sessionCookieName"))
     {
-        Some(Value::String(name)) if !name.is_empty() => Some(Cow::Owned(name.clone())),
+        Some(Value::String(name)) if is_token(name) => Some(Cow::Owned(name.clone())),
+        // No cookie can have that name, so every browser would seem to have none.
+        Some(Value::String(name)) if !name.is_empty() => None,
         _ if authenticated.is_some_and(Value::is_boolean) => Some(Cow::Borrowed(PLAIN_NAME)),
         _ => None,
     };
     (verdict, name)
+}
+
+/// Whether `name` may be that of a cookie (RFC 6265, section 4.1.1).
+fn is_token(name: &str) -> bool {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
+    !name.is_empty() && name.bytes().all(fits)
 }
 
 #[cfg(test)]
@@ -292,6 +305,11 @@ mod tests {
                 Verdict::Dead,
                 named("t3_session"),
             ),
+            (
+                r#"{"authenticated":true,"auth":{"sessionCookieName":"a b; c=d"}}"#,
+                Verdict::Alive,
+                None,
+            ),
             (r#"{"authenticated":null}"#, Verdict::Dead, None),
             (r#"{"auth":{"sessionCookieName":7}}"#, Verdict::Dead, None),
             ("{}", Verdict::Dead, None),
@@ -334,5 +352,8 @@ mod tests {
         assert_eq!(set("theme=dark; Path=/"), None);
         assert_eq!(set("t3_session=; Path=/"), None);
         assert_eq!(set("t3_session=a.b; Max-Age=0"), None);
+        let long_ago = "Expires=Thu, 01 Jan 1970 00:00:00 GMT";
+        assert_eq!(set(&format!("t3_session=a.b; {long_ago}")), None);
+        assert!(set(&format!("t3_session=a.b; {long_ago}; Max-Age=60")).is_some());
     }
 }

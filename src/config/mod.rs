@@ -44,9 +44,9 @@ pub struct Dispatch {
     /// Group of these sockets, where it is not the service's own.
     pub listen_group: Option<String>,
     /// Connections that clients may hold at once.
-    pub max_connections: usize,
+    pub max_connections: u32,
     /// Connections that one address may hold that may not name people.
-    pub max_connections_per_address: usize,
+    pub max_connections_per_address: u32,
     /// Address of `/metrics`, `/healthz` and `/readyz` for the operator.
     pub admin: SocketAddr,
     /// Path of the dispatch table.
@@ -115,9 +115,9 @@ pub struct Pairing {
     /// Longest wait for the instance to take a credential, over all endpoints.
     pub exchange_timeout: Duration,
     /// Mints that may run at once.
-    pub max_concurrent: usize,
+    pub max_concurrent: u32,
     /// Pairings that one user may have in a minute.
-    pub per_user_per_minute: usize,
+    pub per_user_per_minute: u32,
 }
 
 /// The keys `dispatch.pairing.mint` and `dispatch.pairing.mint_socket`, of which one holds.
@@ -156,7 +156,7 @@ pub struct Tunnels {
     /// The file that gets a line for each WebSocket that ended.
     pub ledger: PathBuf,
     /// Size in MiB at which that file is moved aside.
-    pub ledger_max_mb: u64,
+    pub ledger_max_mb: u32,
     /// How long a process that was replaced keeps the WebSockets it has.
     pub drain_limit: Duration,
     /// Whether to count ends of WebSockets by user, too.
@@ -308,9 +308,7 @@ impl Dispatch {
                         "/var/lib/t3-dispatch/closes.jsonl",
                         |path: PathBuf| filled(path, |path| path.as_os_str().is_empty(), "a path"),
                     ),
-                    ledger_max_mb: section.take("ledger_max_mb", 16, |size| {
-                        filled(size, |size: &u64| *size == 0, "at least 1")
-                    }),
+                    ledger_max_mb: section.take("ledger_max_mb", 16, at_least_one),
                     drain_limit: section.take("drain_limit", "24h", duration),
                     per_user_metrics: section.take("per_user_metrics", false, Ok),
                     client_heartbeat: section.take("client_heartbeat", "5s", duration),

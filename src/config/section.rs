@@ -276,9 +276,11 @@ pub(crate) fn shown(value: &Value) -> String {
     serde_json::to_string(value).unwrap_or_else(|_| "this value".into())
 }
 
-/// A key, which is nearly always a string, without quotes.
+/// A key, which is nearly always a string, without quotes where it can be seen without them.
 pub(crate) fn plain(key: &Value) -> String {
-    key.as_str().map_or_else(|| shown(key), str::to_owned)
+    key.as_str()
+        .filter(|key| !key.is_empty())
+        .map_or_else(|| shown(key), str::to_owned)
 }
 
 pub(crate) fn address(text: String) -> Result<SocketAddr, String> {
@@ -290,8 +292,12 @@ pub(crate) fn address(text: String) -> Result<SocketAddr, String> {
     }
 }
 
+/// The longest duration: with what is later reckoned with it, no clock of this machine overflows.
+const LONGEST: Duration = Duration::from_secs(3650 * 24 * 60 * 60);
+
 pub(crate) fn duration(text: String) -> Result<Duration, String> {
     match humantime::parse_duration(&text) {
+        Ok(duration) if duration > LONGEST => Err(format!("{text:?} is longer than 3650 days")),
         Ok(duration) if !duration.is_zero() => Ok(duration),
         _ => Err(format!(
             "{text:?} is not a duration above zero: write for example 60s or 500ms"
@@ -310,7 +316,8 @@ pub(crate) fn path(text: String) -> Result<String, String> {
     }
 }
 
-pub(crate) fn at_least_one(number: usize) -> Result<usize, String> {
+/// 32 bits hold more than anybody means, and leave room to reckon with it.
+pub(crate) fn at_least_one(number: u32) -> Result<u32, String> {
     filled(number, |number| *number == 0, "at least 1")
 }
 

@@ -58,7 +58,7 @@ impl Follower {
                 entries.extend(
                     lines
                         .split(|byte| *byte == b'\n')
-                        .filter_map(|line| serde_json::from_slice(line).ok()),
+                        .filter_map(|line| Entry::read(serde_json::from_slice(line).ok()?)),
                 );
             }
             let moved_aside = std::fs::metadata(&self.path)

@@ -10,6 +10,7 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::ledger;
 use crate::tunnel::live::Record;
@@ -35,10 +36,29 @@ pub fn now() -> Millis {
     now.as_millis() as Millis
 }
 
+/// The last time that can be written: the end of the year 9999.
+const LAST: Millis = 253_402_300_799_999;
+
+/// The same as a time that can be written.
+pub fn system(at: Millis) -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(at.clamp(0, LAST) as u64)
+}
+
+/// Whether a line of the ledger, or of the evidence, can be ours: sums of its numbers stay in range.
+pub fn is_ours(line: &Value) -> bool {
+    match line {
+        Value::Number(number) => number
+            .as_f64()
+            .is_some_and(|number| number.abs() <= LAST as f64),
+        Value::Array(values) => values.iter().all(is_ours),
+        Value::Object(fields) => fields.values().all(is_ours),
+        _ => true,
+    }
+}
+
 /// A time of day for a sentence.
 pub fn clock(at: Millis) -> String {
-    let time = UNIX_EPOCH + Duration::from_millis(at.max(0) as u64);
-    let text = humantime::format_rfc3339_millis(time).to_string();
+    let text = humantime::format_rfc3339_millis(system(at)).to_string();
     text.get(11..23).unwrap_or(&text).to_owned() + " UTC"
 }
 
@@ -255,6 +275,12 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// What a line of the file says, if it is one of ours.
+    pub fn read(line: Value) -> Option<Entry> {
+        let line = Some(line).filter(is_ours)?;
+        serde_json::from_value(line).ok()
+    }
+
     /// When.
     pub fn at(&self) -> Millis {
         humantime::parse_rfc3339(&self.time)
@@ -266,7 +292,7 @@ impl Entry {
 
 /// Everything that is remembered.
 #[derive(Debug, Default)]
-pub(crate) struct Memory {
+pub struct Memory {
     conns: VecDeque<Conn>,
     instances: std::collections::HashMap<u16, InstanceHistory>,
     lags: VecDeque<(Millis, Millis)>,
@@ -372,7 +398,7 @@ pub fn is_told(leg: &str, since: Millis) -> bool {
 
 impl Memory {
     /// The connections of a leg.
-    pub(crate) fn conns_of(&self, leg: &str) -> Vec<Conn> {
+    pub fn conns_of(&self, leg: &str) -> Vec<Conn> {
         let of_leg = self.conns.iter().filter(|conn| conn.leg == leg);
         of_leg.cloned().collect()
     }
@@ -390,7 +416,7 @@ impl Memory {
     }
 
     /// Takes note of what `pid` has seen then.
-    pub(crate) fn apply(&mut self, pid: u32, at: Millis, event: Event) {
+    pub fn apply(&mut self, pid: u32, at: Millis, event: Event) {
         match event {
             Event::LegOpened { leg, conn } => {
                 self.conn(pid, conn, &leg, at);
@@ -491,4 +517,29 @@ fn push<T>(queue: &mut VecDeque<T>, one: T) {
         queue.pop_front();
     }
     queue.push_back(one);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_number_can_be_told_as_a_time() {
+        assert_eq!(clock(Millis::MIN), "00:00:00.000 UTC");
+        assert_eq!(clock(1_500), "00:00:01.500 UTC");
+        assert_eq!(clock(Millis::MAX), "23:59:59.999 UTC");
+    }
+
+    #[test]
+    fn a_line_with_a_number_that_is_no_time_is_not_ours() {
+        let line = |since: i64| {
+            let text = format!(
+                r#"{{"time":"2026-01-02T14:05:00.000Z","pid":1,"event":"lagged","since":{since}}}"#
+            );
+            Entry::read(serde_json::from_str(&text).unwrap())
+        };
+        assert!(line(1_767_362_690_000).is_some());
+        assert!(line(Millis::MIN).is_none());
+        assert!(line(Millis::MAX).is_none());
+    }
 }

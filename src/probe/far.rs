@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use http::HeaderMap;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::config::Probe;
 use crate::events;
@@ -64,11 +64,20 @@ pub fn leg(query: Option<&str>, headers: &HeaderMap, settings: &Probe) -> Option
     is_known_or_new(&name, settings).then_some(name)
 }
 
+/// The longest time that a prober's word is taken for, in milliseconds.
+const LONGEST: Millis = 10 * 365 * 24 * 60 * 60 * 1000;
+
+/// How long something lasted, or was ago.
+fn span<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Millis, D::Error> {
+    Ok(Millis::deserialize(deserializer)?.clamp(0, LONGEST))
+}
+
 /// What a prober says in each heartbeat.
 #[derive(Debug, Deserialize)]
 struct Heartbeat {
     heartbeat_ms: u64,
-    uptime_ms: i64,
+    #[serde(deserialize_with = "span")]
+    uptime_ms: Millis,
     #[serde(default)]
     rtt_ms: Option<f64>,
     #[serde(default)]
@@ -80,8 +89,10 @@ struct Heartbeat {
 /// When the prober itself stood still.
 #[derive(Debug, Deserialize)]
 struct Stood {
-    ago_ms: i64,
-    for_ms: i64,
+    #[serde(deserialize_with = "span")]
+    ago_ms: Millis,
+    #[serde(deserialize_with = "span")]
+    for_ms: Millis,
 }
 
 /// What it says of one of its legs.
@@ -89,7 +100,8 @@ struct Stood {
 struct Told {
     leg: String,
     up: bool,
-    for_ms: i64,
+    #[serde(deserialize_with = "span")]
+    for_ms: Millis,
     #[serde(default)]
     reason: Option<String>,
 }
@@ -261,7 +273,7 @@ impl Far {
         };
         let now = evidence::now();
         evidence::spoke(&self.leg, self.conn);
-        let started = self.started(now, heartbeat.uptime_ms.max(0));
+        let started = self.started(now, heartbeat.uptime_ms);
         if let Some(stood) = heartbeat.stood_still {
             // What was held up on its way was said earlier than it is heard.
             self.stood((started + heartbeat.uptime_ms).min(now), &stood);
@@ -273,6 +285,7 @@ impl Far {
         // Its own messages are larger than our pings, and a narrow place is felt by them first.
         if let Some(rtt) = heartbeat
             .rtt_ms
+            .map(|rtt| rtt.min(LONGEST as f64))
             .filter(|rtt| *rtt >= self.stall.as_millis() as f64)
             && self.stalled.is_none()
         {
@@ -311,8 +324,8 @@ impl Far {
 
     /// The prober has told that it stood still, which it repeats for a while.
     fn stood(&self, now: Millis, stood: &Stood) {
-        let until = now - stood.ago_ms.max(0);
-        let since = until - stood.for_ms.max(0);
+        let until = now - stood.ago_ms;
+        let since = until - stood.for_ms;
         let mut known = evidence::stood(&self.leg).into_iter();
         if !known.any(|(_, then)| (then - until).abs() < 1000) {
             evidence::record(Event::ProberStood {
@@ -328,7 +341,7 @@ impl Far {
         let (Some(reason), false) = (told.reason, told.up) else {
             return;
         };
-        let since = now - told.for_ms.max(0);
+        let since = now - told.for_ms;
         let is_word = |text: &str| {
             text.len() <= 32
                 && text
@@ -374,5 +387,33 @@ impl Drop for Far {
         self.end("was dropped", true);
         OPEN.fetch_sub(1, Ordering::AcqRel);
         events::leg_closed(&self.leg);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_numbers_a_prober_tells_its_times_have_been() {
+        let mut far = Far::open("numbers".into(), Duration::from_secs(5)).unwrap();
+        let (least, most) = (i64::MIN, i64::MAX);
+        for uptime in [least, most] {
+            far.message(&format!(
+                r#"{{"heartbeat_ms":{most},"uptime_ms":{uptime},"rtt_ms":1e300,
+                "stood_still":{{"ago_ms":{uptime},"for_ms":{most}}},
+                "legs":[{{"leg":"a","up":false,"for_ms":{most},"reason":"tls"}}]}}"#
+            ));
+        }
+        let now = evidence::now();
+        let conn = evidence::conns("numbers").pop().unwrap();
+        assert!(conn.prober.is_some_and(|at| at <= now));
+        let stall = conn.stalls.first().unwrap();
+        assert!(0 < stall.earliest && stall.earliest <= stall.latest && stall.latest <= now);
+        let stood = evidence::stood("numbers");
+        assert!(!stood.is_empty());
+        for (since, until) in stood {
+            assert!(0 < since && since <= until && until <= now);
+        }
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! [`live`] keeps the sensors of the tunnels that are open, and closes the books of each exactly once.
 
-mod heads;
+pub mod heads;
 pub mod live;
 
 use std::time::{Duration, Instant};

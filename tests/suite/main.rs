@@ -7,6 +7,7 @@ mod admin;
 mod browser;
 mod commands;
 mod downstream;
+mod fuzz_corpora;
 mod gate;
 mod identity;
 mod isolation;

@@ -510,6 +510,34 @@ async fn a_new_program_takes_over() {
     );
 }
 
+/// A Unix socket whose file is gone cannot be handed over, nor one be made where there is no folder: the old process serves
+/// on, and the command says so at once.
+#[tokio::test]
+async fn a_socket_that_cannot_be_taken_over_changes_nothing() {
+    let mut socket = std::path::PathBuf::new();
+    let world = World::with(|setup| {
+        socket = setup.base.join("http.sock");
+        let tcp = setup.dispatch["listen"][0].clone();
+        setup.set("listen", json!([tcp, format!("unix:{}", socket.display())]))
+    })
+    .await;
+    let conf = world.base().join("t3-dispatch.yaml");
+    let good = std::fs::read_to_string(&conf).unwrap();
+    for gone in [true, false] {
+        if gone {
+            std::fs::remove_file(&socket).unwrap();
+        } else {
+            let elsewhere = world.base().join("nowhere/http.sock").display().to_string();
+            let text = good.replace(&socket.display().to_string(), &elsewhere);
+            std::fs::write(&conf, text).unwrap();
+        }
+        let (taken, said) = reload(&conf).await;
+        assert!(!taken && said.contains("ended before it served"), "{said}");
+        let reply = world.dispatcher.get("alice", "/healthz", &[]).await;
+        assert_eq!(reply.status, 200);
+    }
+}
+
 /// Who is ended while it hands over leaves no half-made successor behind.
 #[tokio::test]
 async fn sigterm_during_a_handover_ends_both() {

@@ -382,6 +382,9 @@ async fn drops_are_explained_also_with_the_dispatcher_down() {
         !said.contains("alice") && said.contains("1 drop: 1 serve"),
         "{said}"
     );
+    // Longer ago than any clock knows is since ever.
+    let (_, ever, _) = explain(&["bob", "--since", "500000000000years"]);
+    assert_eq!(ever, said);
     let (_, said, _) = explain(&["mallory"]);
     assert!(said.starts_with("No drops of mallory"), "{said}");
     let (_, said, _) = explain(&["--json"]);
