@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use t3_dispatch::config::{Dispatch, Fault, Identity, Listen, Mint, Settings};
 use t3_dispatch::evidence::{self, Entry, Follower, Memory};
 use t3_dispatch::explain::{self, ExplainError, Question};
-use t3_dispatch::head::{self, Progress};
+use t3_dispatch::head::{self, HeadError, Progress};
 use t3_dispatch::identity::{self, IdentityError, Peer};
 use t3_dispatch::jwt::{self, KeySet};
 use t3_dispatch::ledger::{Ledger, lines_back};
@@ -894,12 +894,14 @@ pub fn head(data: &[u8]) {
     let fits = is_small && spaces <= 2 && !first.iter().any(u8::is_ascii_control);
     let mut progress = Progress::default();
     let mut parts = head.chunks(usize::from(*cut).max(1));
-    let counted = parts.try_for_each(|part| progress.add(part));
-    assert_eq!(counted.is_ok(), fits);
-    assert_eq!(Progress::default().add(text).is_ok(), fits);
+    let add = |sum, part| Ok::<_, HeadError>(sum + progress.add(part)?);
+    let counted = parts.try_fold(0, add);
+    let whole = Progress::default().add(text);
+    assert_eq!((counted.is_ok(), whole.is_ok()), (fits, fits));
     if fits {
+        assert_eq!((counted, whole), (Ok(length), Ok(length)));
         assert_eq!(progress.has_ended(), ended);
-        assert_eq!(progress.has_begun(), !head.is_empty());
+        assert_eq!(progress.has_begun(), !is_blank(head));
     }
     if !ended || head::check(head).is_err() {
         return;

@@ -407,7 +407,8 @@ impl ProxyHttp for Dispatcher {
     }
 
     async fn early_request_filter(&self, session: &mut Session, _ctx: &mut Ctx) -> Result<()> {
-        head_is_read();
+        let tunnel = forward::is_websocket(session.req_header());
+        head_is_read(tunnel);
         // `Some(0)` is what Pingora makes of a client that may keep its connection: for ever.
         if session.get_keepalive() == Some(0) {
             session.set_keepalive(Some(KEEPALIVE_SECONDS));
@@ -426,19 +427,14 @@ impl ProxyHttp for Dispatcher {
         {
             session.set_keepalive(None);
         }
-        if forward::is_websocket(session.req_header()) {
-            session.set_pipelining_enabled(false);
-        } else {
-            session.set_pipelining_enabled(true);
-            // Pingora would make a tunnel of less than a whole WebSocket handshake. Whoever asks for one may take what
-            // follows for the tunnel's.
-            if session
-                .req_header_mut()
-                .remove_header(&header::UPGRADE)
-                .is_some()
-            {
-                session.set_keepalive(None);
-            }
+        session.set_pipelining_enabled(!tunnel);
+        // Whoever asks for a tunnel, or for half of one, may take what follows for the tunnel's.
+        if session.req_header().headers.contains_key(header::UPGRADE) {
+            session.set_keepalive(None);
+        }
+        if !tunnel {
+            // Pingora would make a tunnel of less than a whole WebSocket handshake.
+            session.req_header_mut().remove_header(&header::UPGRADE);
         }
         Ok(())
     }

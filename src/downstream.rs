@@ -1,16 +1,15 @@
-//! Connections of clients: how many there may be, how long one may be silent, and how long a head may take.
+//! Connections of clients: who finds room, how long one may be silent, and what a head may take.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::BytesMut;
 use pingora::apps::{HttpServerApp, HttpServerOptions, ReusedHttpStream, ServerApp};
 use pingora::protocols::http::ServerSession;
 use pingora::protocols::{
@@ -30,6 +29,7 @@ use crate::head::Progress;
 use crate::identity::Peer;
 use crate::probe::host;
 use crate::refuse::Refusal;
+use crate::room::Room;
 
 /// How long a head may take, from its first byte; of a new connection, from its beginning.
 const HEAD: Duration = Duration::from_secs(15);
@@ -43,60 +43,60 @@ pub const LAST_ANSWERS: Duration = Duration::from_secs(3);
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: u64 = 1024 * 1024;
 
-/// How often the log is told that there is no room.
-const TELL_AGAIN: Duration = Duration::from_secs(60);
-
 tokio::task_local! {
     static CONNECTION: Arc<Head>;
 }
 
-/// The head of the present request has been read. What comes now may take its time.
-pub fn head_is_read() {
-    let _ = CONNECTION.try_with(|head| head.is_read());
+/// The head of the present request has been read. What comes now may take its time. Where it asks for a `tunnel`, what has
+/// come too early waits for the answer.
+pub fn head_is_read(tunnel: bool) {
+    let _ = CONNECTION.try_with(|head| head.is_read(tunnel));
 }
 
-/// Pingora's proxy on connections that are held to limits.
-pub struct Front {
-    app: Arc<LastAnswers>,
+/// A server on connections that are held to limits.
+pub struct Front<A> {
+    app: Arc<A>,
     room: Arc<Room>,
-    identity: Identity,
+    /// Who may name people; without it, who comes is all the same, and nobody counts them.
+    identity: Option<Identity>,
 }
 
-impl Front {
-    /// The proxy, with room for so many connections, and for so many of one address that may not name people.
-    pub fn new(
-        proxy: HttpProxy<Dispatcher>,
-        most: usize,
-        most_each: usize,
-        identity: Identity,
-    ) -> Front {
+impl<A> Front<A> {
+    /// A server that has so much room.
+    pub fn new(app: A, room: Arc<Room>, identity: Option<Identity>) -> Front<A> {
         Front {
-            app: Arc::new(LastAnswers {
-                proxy: Arc::new(proxy),
-            }),
-            room: Arc::new(Room {
-                most,
-                most_each,
-                taken: Mutex::default(),
-            }),
+            app: Arc::new(app),
+            room,
             identity,
+        }
+    }
+
+    /// A place for a connection from there, which counts while it is held.
+    fn enter(&self, peer: Option<Peer>) -> Option<impl Sized + use<A>> {
+        let Some(identity) = &self.identity else {
+            return self.room.enter(None).ok().map(|place| (place, None));
+        };
+        let stranger = peer.and_then(Peer::ip).filter(|ip| !identity.trusts(*ip));
+        match self.room.enter(stranger) {
+            Ok(place) => Some((place, Some(events::connection_open()))),
+            Err(full) => {
+                if full.tell {
+                    events::full(self.room.taken());
+                }
+                None
+            }
         }
     }
 }
 
 #[async_trait]
-impl ServerApp for Front {
+impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
     async fn process_new(
         self: &Arc<Self>,
         stream: Stream,
         shutdown: &ShutdownWatch,
     ) -> Option<Stream> {
-        let peer = peer(&stream);
-        let stranger = match peer {
-            Some(Peer::Address(ip)) if !self.identity.trusts(ip) => Some(network(ip)),
-            _ => None,
-        };
-        let Some(_place) = self.room.enter(stranger) else {
+        let Some(_place) = self.enter(peer(&stream)) else {
             dismiss(stream, &Refusal::TooManyConnections).await;
             return None;
         };
@@ -105,6 +105,8 @@ impl ServerApp for Front {
         let guarded = Box::new(Guarded {
             stream: Some(stream),
             head: head.clone(),
+            rest: BytesMut::new(),
+            reader: None,
         });
         let served = CONNECTION.scope(head.clone(), self.app.process_new(guarded, shutdown));
         tokio::select! {
@@ -134,14 +136,6 @@ fn peer(stream: &Stream) -> Option<Peer> {
     Peer::new(digest.peer_addr(), digest.local_addr())
 }
 
-/// What counts as one address: a household with IPv6 has 2^64 of them.
-fn network(ip: IpAddr) -> IpAddr {
-    match ip.to_canonical() {
-        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
-        ip => ip,
-    }
-}
-
 /// So many may linger at once, as they have no place in the room.
 static LINGERING: Semaphore = Semaphore::const_new(256);
 
@@ -160,84 +154,13 @@ async fn dismiss(mut stream: Stream, refusal: &Refusal) {
     let _ = timeout(LINGER, goodbye).await;
 }
 
-/// How many connections there may be.
-#[derive(Debug)]
-struct Room {
-    most: usize,
-    most_each: usize,
-    taken: Mutex<Taken>,
-}
-
-#[derive(Debug, Default)]
-struct Taken {
-    all: usize,
-    strangers: usize,
-    each: HashMap<IpAddr, usize>,
-    /// When the log was told last that there is no room for the edge.
-    told: Option<Instant>,
-}
-
-impl Room {
-    fn taken(&self) -> std::sync::MutexGuard<'_, Taken> {
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A place for a connection, if there is one. `stranger` is its address where that may not name people.
-    fn enter(self: &Arc<Room>, stranger: Option<IpAddr>) -> Option<Place> {
-        let mut taken = self.taken();
-        let full = taken.all >= self.most;
-        if let Some(ip) = stranger {
-            // Half of the room is kept for the edge, whoever else pushes in.
-            let crowded = taken.strangers >= self.most / 2;
-            let of_this = taken.each.get(&ip).copied().unwrap_or(0);
-            if full || crowded || of_this >= self.most_each {
-                return None;
-            }
-            taken.strangers += 1;
-            taken.each.insert(ip, of_this + 1);
-        } else if full {
-            if taken.told.is_none_or(|at| at.elapsed() > TELL_AGAIN) {
-                taken.told = Some(Instant::now());
-                events::full(taken.all);
-            }
-            return None;
-        }
-        taken.all += 1;
-        events::connections(taken.all);
-        Some(Place {
-            room: self.clone(),
-            stranger,
-        })
-    }
-}
-
-/// A place for a connection, given back when dropped.
-struct Place {
-    room: Arc<Room>,
-    stranger: Option<IpAddr>,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut taken = self.room.taken();
-        taken.all -= 1;
-        events::connections(taken.all);
-        let Some(ip) = self.stranger else { return };
-        taken.strangers -= 1;
-        if let Some(count) = taken.each.get_mut(&ip) {
-            *count -= 1;
-            if *count == 0 {
-                taken.each.remove(&ip);
-            }
-        }
-    }
-}
-
 /// What a connection and what serves it know of the present head.
 #[derive(Default)]
 struct Head {
     /// Whether one is being read.
     reading: AtomicBool,
+    /// Whether what came behind it waits for an answer.
+    waiting: AtomicBool,
     state: Mutex<State>,
     /// The head is one that is not read to its end.
     refused: Notify,
@@ -264,7 +187,8 @@ impl Head {
     }
 
     /// The head is there.
-    fn is_read(&self) {
+    fn is_read(&self, tunnel: bool) {
+        self.waiting.store(tunnel, Ordering::Relaxed);
         self.reading.store(false, Ordering::Relaxed);
         self.state().deadline = None;
     }
@@ -275,12 +199,17 @@ impl Head {
     }
 }
 
-/// A connection whose heads are counted and timed while they are read. Once it refuses one, it has nothing more to say to
-/// what reads from it, and is left behind when that is dropped.
+/// A connection whose heads are counted and timed while they are read. Each is handed on by itself: what comes behind it waits
+/// until it is asked for, so that no head hides behind another. Once it refuses one, it has nothing more to say to what reads
+/// from it, and is left behind when that is dropped.
 struct Guarded {
     /// Always there, until it is dropped.
     stream: Option<Stream>,
     head: Arc<Head>,
+    /// What came behind a head.
+    rest: BytesMut,
+    /// Who wants to read it, while it waits.
+    reader: Option<Waker>,
 }
 
 impl Guarded {
@@ -290,6 +219,31 @@ impl Guarded {
 
     fn stream_mut(&mut self) -> &mut Stream {
         self.stream.as_mut().expect("it is there until the drop")
+    }
+
+    /// Reads what came before, then what comes.
+    fn poll_bytes(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.rest.is_empty() {
+            return Pin::new(self.stream_mut()).poll_read(cx, buf);
+        }
+        // Pingora takes whatever comes before the answer to a handshake for a fault.
+        if self.head.waiting.load(Ordering::Relaxed) {
+            self.reader = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        let length = self.rest.len().min(buf.remaining());
+        buf.put_slice(&self.rest.split_to(length));
+        Poll::Ready(Ok(()))
+    }
+
+    /// An answer is being written, which what came too early has waited for.
+    fn answers(&mut self) {
+        if self.head.waiting.load(Ordering::Relaxed) {
+            self.head.waiting.store(false, Ordering::Relaxed);
+            if let Some(reader) = self.reader.take() {
+                reader.wake();
+            }
+        }
     }
 }
 
@@ -308,33 +262,36 @@ impl AsyncRead for Guarded {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let read = Pin::new(self.stream_mut()).poll_read(cx, buf);
         if !self.head.reading.load(Ordering::Relaxed) {
-            return read;
+            return self.poll_bytes(cx, buf);
         }
-        let mut state = self.head.state();
+        let head = self.head.clone();
+        let mut state = head.state();
         if state.refusal.is_some() {
             return Poll::Pending;
         }
+        let before = buf.filled().len();
+        let read = self.poll_bytes(cx, buf);
         if read.is_ready() {
-            let ended = state.progress.has_ended();
             let came = &buf.filled()[before..];
             if came.is_empty() {
                 return read;
             }
-            // Pingora asks for more behind the end that everybody else sees.
-            if ended {
-                buf.set_filled(before);
-                self.head.refuse(state, Refusal::BadRequest);
-                return Poll::Pending;
+            // Behind the end that everybody else sees, Pingora would ask for more.
+            let ended = state.progress.has_ended();
+            match state.progress.add(came) {
+                Ok(length) if !ended => {
+                    let mut rest = BytesMut::from(&came[length..]);
+                    rest.unsplit(std::mem::take(&mut self.rest));
+                    self.rest = rest;
+                    buf.set_filled(before + length);
+                    return read;
+                }
+                Ok(_) => head.refuse(state, Refusal::BadRequest),
+                Err(error) => head.refuse(state, Refusal::Head(error)),
             }
-            if let Err(error) = state.progress.add(came) {
-                buf.set_filled(before);
-                self.head.refuse(state, Refusal::Head(error));
-                return Poll::Pending;
-            }
-            return read;
+            buf.set_filled(before);
+            return Poll::Pending;
         }
         let begun = state.progress.has_begun();
         if begun && state.deadline.is_none() {
@@ -348,7 +305,7 @@ impl AsyncRead for Guarded {
             return Poll::Pending;
         }
         if begun {
-            self.head.refuse(state, Refusal::HeadTooSlow);
+            head.refuse(state, Refusal::HeadTooSlow);
             Poll::Pending
         } else {
             // A connection on which nothing was ever said ends without a word.
@@ -363,6 +320,7 @@ impl AsyncWrite for Guarded {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.answers();
         Pin::new(self.stream_mut()).poll_write(cx, bytes)
     }
 
@@ -379,6 +337,7 @@ impl AsyncWrite for Guarded {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.answers();
         Pin::new(self.stream_mut()).poll_write_vectored(cx, slices)
     }
 
@@ -430,8 +389,17 @@ impl GetSocketDigest for Guarded {
 
 /// Pingora's proxy, but for the way it stops: at once it would drop the connections that clients keep, and a request that
 /// is on its way on one of them would be lost.
-struct LastAnswers {
+pub struct LastAnswers {
     proxy: Arc<HttpProxy<Dispatcher>>,
+}
+
+impl LastAnswers {
+    /// The proxy, stopping so.
+    pub fn new(proxy: HttpProxy<Dispatcher>) -> LastAnswers {
+        LastAnswers {
+            proxy: Arc::new(proxy),
+        }
+    }
 }
 
 #[async_trait]
@@ -453,52 +421,5 @@ impl HttpServerApp for LastAnswers {
     async fn http_cleanup(&self) {
         sleep(LAST_ANSWERS).await;
         self.proxy.http_cleanup().await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn room(most: usize, most_each: usize) -> Arc<Room> {
-        Arc::new(Room {
-            most,
-            most_each,
-            taken: Mutex::default(),
-        })
-    }
-
-    #[test]
-    fn an_address_has_so_many_places_and_gets_them_back() {
-        let room = room(100, 2);
-        let mallory = Some("192.0.2.1".parse().unwrap());
-        let first = room.enter(mallory).unwrap();
-        let _second = room.enter(mallory).unwrap();
-        assert!(room.enter(mallory).is_none());
-        assert!(room.enter(Some("192.0.2.2".parse().unwrap())).is_some());
-        drop(first);
-        assert!(room.enter(mallory).is_some());
-        let edge: Vec<_> = (0..90).map(|_| room.enter(None).unwrap()).collect();
-        drop(edge);
-        let taken = room.taken();
-        assert_eq!((taken.all, taken.strangers, taken.each.len()), (1, 1, 1));
-    }
-
-    #[test]
-    fn half_of_the_room_is_the_edges() {
-        let room = room(8, 100);
-        let stranger = |last: u8| Some(IpAddr::from([192, 0, 2, last]));
-        let _strangers: Vec<_> = (0..4).map(|i| room.enter(stranger(i)).unwrap()).collect();
-        assert!(room.enter(stranger(9)).is_none());
-        let _edge: Vec<_> = (0..4).map(|_| room.enter(None).unwrap()).collect();
-        assert!(room.enter(None).is_none());
-    }
-
-    #[test]
-    fn one_household_is_one_address() {
-        let network = |ip: &str| super::network(ip.parse().unwrap()).to_string();
-        assert_eq!(network("192.0.2.1"), "192.0.2.1");
-        assert_eq!(network("::ffff:192.0.2.1"), "192.0.2.1");
-        assert_eq!(network("2001:db8:1:2:3:4:5:6"), "2001:db8:1:2::");
     }
 }

@@ -216,6 +216,11 @@ pub fn response_head(response: &mut ResponseHeader, version: Version) {
     for name in HOP_BY_HOP {
         response.remove_header(name);
     }
+    // Neither has a body (RFC 9112, section 6.3).
+    if response.status.is_informational() || response.status == StatusCode::NO_CONTENT {
+        response.remove_header(&header::CONTENT_LENGTH);
+        response.remove_header(&header::TRANSFER_ENCODING);
+    }
     // HTTP/1.0 has no chunks: the body ends with the connection.
     if version < Version::HTTP_11 {
         response.remove_header(&header::TRANSFER_ENCODING);

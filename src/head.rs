@@ -50,7 +50,7 @@ pub fn check(head: &[u8]) -> Result<(), HeadError> {
         if memchr::memchr2(b'\r', 0, line).is_some() {
             return Err(HeadError::LineEnding);
         }
-        // The request line is Pingora's to read. It passes over empty lines before it, and so do we.
+        // The request line was looked at as it came in. Pingora passes over empty lines before it, and so do we.
         if lines == 0 || line.is_empty() {
             lines += usize::from(!line.is_empty());
             continue;
@@ -96,9 +96,9 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Whether anything has come.
+    /// Whether anything has come but empty lines.
     pub fn has_begun(&self) -> bool {
-        self.bytes > 0
+        self.lines > 0 || self.in_line
     }
 
     /// Whether the empty line at the end of the head has come.
@@ -106,11 +106,25 @@ impl Progress {
         self.ended
     }
 
+    /// Reads a part of the request line, or of empty lines before it.
+    fn request_line(&mut self, part: &[u8]) -> Result<(), HeadError> {
+        for byte in part {
+            let odd = byte.is_ascii_control() && *byte != b'\r';
+            self.spaces += usize::from(*byte == b' ');
+            if odd || self.spaces > 2 || self.after_cr && *byte != b'\r' {
+                return Err(HeadError::RequestLine);
+            }
+            self.after_cr = *byte == b'\r';
+        }
+        Ok(())
+    }
+
     /// Counts what has come, and reads the request line: Pingora would mend one that is not well formed, in a way of its own.
+    /// Gives how much of it belongs to the head.
     ///
     /// # Errors
     /// When it is more than a head may be, or the request line is none.
-    pub fn add(&mut self, bytes: &[u8]) -> Result<(), HeadError> {
+    pub fn add(&mut self, bytes: &[u8]) -> Result<usize, HeadError> {
         let mut start = 0;
         for end in memchr::memchr_iter(b'\n', bytes) {
             let line = &bytes[start..end];
@@ -139,22 +153,7 @@ impl Progress {
         if self.bytes > MOST_BYTES || self.lines > MOST_LINES + 1 {
             return Err(HeadError::TooLarge);
         }
-        Ok(())
-    }
-}
-
-impl Progress {
-    /// Reads a part of the request line, or of empty lines before it.
-    fn request_line(&mut self, part: &[u8]) -> Result<(), HeadError> {
-        for byte in part {
-            let odd = byte.is_ascii_control() && *byte != b'\r';
-            self.spaces += usize::from(*byte == b' ');
-            if odd || self.spaces > 2 || self.after_cr && *byte != b'\r' {
-                return Err(HeadError::RequestLine);
-            }
-            self.after_cr = *byte == b'\r';
-        }
-        Ok(())
+        Ok(start)
     }
 }
 
@@ -244,7 +243,9 @@ mod tests {
         let read = |line: &str| {
             let head = format!("{line}\r\nHost: a\r\n\r\n");
             let mut progress = Progress::default();
-            progress.add(head.as_bytes())
+            progress
+                .add(head.as_bytes())
+                .map(|length| assert_eq!(length, head.len()))
         };
         for line in [
             "GET / HTTP/1.1",
@@ -273,8 +274,9 @@ mod tests {
     #[test]
     fn a_body_does_not_count_as_head() {
         let mut progress = Progress::default();
-        let request = format!("\r\n\nPOST / HTTP/1.1\r\nX: y\r\n\r\n{}", "\n".repeat(4096));
-        progress.add(request.as_bytes()).unwrap();
+        let head = "\r\n\nPOST / HTTP/1.1\r\nX: y\r\n\r\n";
+        let request = format!("{head}{}", "\n".repeat(4096));
+        assert_eq!(progress.add(request.as_bytes()), Ok(head.len()));
         assert!(progress.has_ended());
     }
 
@@ -290,11 +292,11 @@ mod tests {
             let verdict = whole.add(text.as_bytes());
             let mut pieces = Progress::default();
             let mut rest = text.as_bytes();
-            let mut piecewise = Ok(());
+            let mut piecewise = Ok(0);
             let mut cuts = cuts.iter().cycle();
             while !rest.is_empty() && piecewise.is_ok() && !pieces.has_ended() {
                 let (piece, after) = rest.split_at((*cuts.next().unwrap()).min(rest.len()));
-                piecewise = pieces.add(piece);
+                piecewise = pieces.add(piece).map(|length| length + piecewise.unwrap_or(0));
                 rest = after;
             }
             prop_assert_eq!(verdict, piecewise);

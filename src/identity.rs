@@ -87,9 +87,10 @@ pub async fn who(
     if let Some(ip) = peer.ip().filter(|ip| !rules.trusts(*ip)) {
         return Err(IdentityError::UntrustedPeer(ip));
     }
-    let named = the_only(headers, &rules.header)?.map(name).transpose()?;
+    let named = the_only(headers, &rules.header)?.map(name);
     let (Some(tokens), Some(jwt)) = (tokens, &rules.jwt) else {
-        return named.map(str::to_owned).ok_or(IdentityError::Missing);
+        let named = named.ok_or(IdentityError::Missing)??;
+        return Ok(named.to_owned());
     };
     let token = the_only(headers, &jwt.header)?.ok_or(IdentityError::Missing)?;
     let claimed = tokens
@@ -100,7 +101,7 @@ pub async fn who(
             Unproven::NoKeys => IdentityError::NoKeys,
         })?;
     let claimed = before_at(&claimed).ok_or(IdentityError::Missing)?;
-    if named.is_some_and(|named| named != claimed) {
+    if named.is_some_and(|named| named.as_deref() != Ok(claimed)) {
         return Err(IdentityError::Contradiction(jwt.header.clone()));
     }
     Ok(claimed.to_owned())

@@ -2,7 +2,7 @@
 //!
 //! A request walks down this list and never back up; [`dispatch`] alone calls the rooms.
 //!
-//! 0. [`downstream`]: a connection, if there is room for it, and a [`head`] that comes in time and has one meaning only.
+//! 0. [`downstream`]: a connection, if there is [`room`] for it, and a [`head`] that comes in time and has one meaning only.
 //! 1. [`identity`]: the socket peer and the headers say who is asking, and a signed token ([`jwt`]) where there has to be one.
 //! 2. [`table`]: who is asking says which instance is theirs.
 //! 3. [`session`]: the request's kind, its cookies and the instance's answer say whether to proxy or to pair.
@@ -46,6 +46,7 @@ pub mod page;
 pub mod pair;
 pub mod probe;
 pub mod refuse;
+pub mod room;
 pub mod server;
 pub mod session;
 pub mod story;

@@ -32,6 +32,14 @@ pub enum ListenError {
     /// There is no such group.
     #[error("dispatch.listen_group: there is no group {0:?} on this machine")]
     NoGroup(String),
+    /// A socket that is listened on has no file any more.
+    #[error("dispatch.listen: {}: {error}; a restart makes it anew", path.display())]
+    Gone {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
     /// A socket cannot be given to its group.
     #[error(
         "dispatch.listen_group: {} cannot be given to the group: {error}; the service's user must be a member of it",
@@ -71,10 +79,14 @@ impl Access {
     /// Gives the sockets to their group. Until then it is the service's own.
     ///
     /// # Errors
-    /// When the system does not let us.
+    /// When the system does not let us, or a socket that was handed over has no file any more, so that nobody can connect.
     pub fn grant(&self, places: &[Listen]) -> Result<(), ListenError> {
         for place in places {
             if let Listen::Unix(path) = place {
+                std::fs::symlink_metadata(path).map_err(|error| ListenError::Gone {
+                    path: path.clone(),
+                    error,
+                })?;
                 self.give(path)?;
             }
         }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -17,7 +18,7 @@ use tokio::sync::{mpsc, watch};
 use crate::admin::Admin;
 use crate::config::{Jwks, Jwt, Listen, Settings};
 use crate::dispatch::{Dispatcher, requests_in_flight};
-use crate::downstream::{Front, LAST_ANSWERS};
+use crate::downstream::{Front, LAST_ANSWERS, LastAnswers};
 use crate::events;
 use crate::judge::{self, Judge};
 use crate::jwt::{KeyError, Keys, Refresher, Tokens};
@@ -25,12 +26,16 @@ use crate::ledger::{self, Ledger};
 use crate::listen::{self, Access, ListenError};
 use crate::mint::end_mints;
 use crate::probe::serve::ServeLegs;
+use crate::room::Room;
 use crate::table::{TableError, Tables, Watcher};
 use crate::tunnel::live;
 use crate::upgrade::{self, Handover, Keeper, Message, UpgradeError};
 
 /// How long SIGTERM waits for requests in flight where `grace_period_seconds` does not say.
 const TERM_GRACE: Duration = Duration::from_secs(8);
+
+/// Connections to the operator's listener, which any local program may open.
+const ADMIN_CONNECTIONS: usize = 64;
 
 /// How long a tunnel that is revoked may take to end in good order, before it is cut off.
 const CUT_OFF: Duration = Duration::from_millis(1500);
@@ -104,6 +109,7 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
     }
     let tables = Arc::new(tables);
     keep_secrets();
+    end_if_not_ready();
     use_all_descriptors();
     ignore_hangup_until_ready()?;
     if !start.upgrade {
@@ -157,13 +163,12 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
         .clone()
         .zip(dispatch.identity.jwt.as_ref())
         .map(|(keys, jwt)| Tokens::new(jwt, keys));
-    let room = room(dispatch.max_connections as usize);
-    let dispatcher = Dispatcher::new(dispatch.clone(), tables.clone(), tokens, room);
+    let most = room(dispatch.max_connections as usize);
+    let dispatcher = Dispatcher::new(dispatch.clone(), tables.clone(), tokens, most);
     let front = Front::new(
-        http_proxy(&server.configuration, dispatcher),
-        room,
-        dispatch.max_connections_per_address as usize,
-        dispatch.identity.clone(),
+        LastAnswers::new(http_proxy(&server.configuration, dispatcher)),
+        Room::new(most, dispatch.max_connections_per_address as usize),
+        Some(dispatch.identity.clone()),
     );
     let mut proxy = Service::new("dispatch".into(), front);
     for place in &dispatch.listen {
@@ -171,7 +176,11 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
     }
     let mut admin = Service::new(
         "admin".into(),
-        Admin::new(dispatch.pairing.mint.clone(), ledger.clone()),
+        Front::new(
+            Admin::new(dispatch.pairing.mint.clone(), ledger.clone()),
+            Room::new(ADMIN_CONNECTIONS, ADMIN_CONNECTIONS),
+            None,
+        ),
     );
     admin.threads = Some(1);
     admin.add_tcp(&admin_address);
@@ -241,6 +250,21 @@ pub fn keep_secrets() {
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
 }
 
+/// Whether the process has begun to serve.
+static READY: AtomicBool = AtomicBool::new(false);
+
+/// Pingora panics in a thread of its own where it cannot listen, and goes on without. Until the process serves, that must
+/// end it, so that an old one does not hand over to it.
+fn end_if_not_ready() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        if !READY.load(Ordering::Acquire) {
+            std::process::exit(1);
+        }
+    }));
+}
+
 /// Every WebSocket takes two file descriptors, and the usual soft limit of 1024 is there for select(2) alone.
 fn use_all_descriptors() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -281,7 +305,10 @@ fn first_keys(keys: &Keys, jwt: &Jwt, test: bool) -> Result<(), ServeError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    match (runtime.block_on(keys.refresh()), &jwt.jwks) {
+    let outcome = runtime.block_on(keys.refresh());
+    // A name server that does not answer would hold it up for much longer than the limit.
+    runtime.shutdown_background();
+    match (outcome, &jwt.jwks) {
         (Err(error), Jwks::File(path)) => Err(ServeError::Keys {
             file: path.display().to_string(),
             error,
@@ -443,6 +470,7 @@ impl Signals {
             events::not_serving(&error);
             std::process::exit(1);
         }
+        READY.store(true, Ordering::Release);
         match self.handover.word(self.upgraded).await {
             Ok(()) => {}
             // The predecessor may be gone, or of an older kind; there is nobody else to serve.

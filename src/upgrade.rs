@@ -162,7 +162,10 @@ impl Handover {
             .as_raw_nonzero()
             .to_string();
         if std::fs::read_to_string(&self.pid_file).is_ok_and(|pid| pid.trim() == predecessor) {
-            std::fs::write(&self.pid_file, std::process::id().to_string())?;
+            // Renamed over the old one, so that at no moment it names nobody.
+            let new = PathBuf::from(format!("{}.new", self.pid_file.display()));
+            std::fs::write(&new, std::process::id().to_string())?;
+            std::fs::rename(&new, &self.pid_file)?;
         }
         if word == "go\n" {
             Ok(())

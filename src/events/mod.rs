@@ -431,9 +431,19 @@ pub fn keys_failed(source: &Jwks, error: &KeyError, kept: usize) {
     );
 }
 
-/// So many connections are open.
-pub fn connections(open: usize) {
-    METRICS.connections.set(open as i64);
+/// A connection of a client's, which counts until this is dropped.
+pub struct OpenConnection(());
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        METRICS.connections.dec();
+    }
+}
+
+/// A client has connected.
+pub fn connection_open() -> OpenConnection {
+    METRICS.connections.inc();
+    OpenConnection(())
 }
 
 /// A connection was ended before there was a whole request on it. Whoever floods us does not flood the log.

@@ -1,6 +1,7 @@
 //! The keys that tokens are signed with: where they come from, and how they are kept fresh.
 
-use std::io;
+use std::io::{self, Read};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -64,12 +65,19 @@ pub enum KeyError {
     NoKeys,
 }
 
+/// A request's question to the source.
+struct Asked {
+    at: Instant,
+    /// How often the source had been asked before; as long as that stands, there is no answer yet.
+    before: u64,
+}
+
 /// The keys in force, kept while their source is down.
 pub struct Keys {
     settings: Jwt,
     current: ArcSwapOption<KeySet>,
-    /// When a request has last had the source asked, and how often it had been asked before that.
-    asked: Mutex<Option<(Instant, u64)>>,
+    /// When a request has last had the source asked.
+    asked: Mutex<Option<Asked>>,
     wanted: Notify,
     /// How often the source has been asked.
     tried: watch::Sender<u64>,
@@ -99,10 +107,13 @@ impl Keys {
             let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
             match *asked {
                 // Somebody else's question has not been answered yet.
-                Some((_, before)) if *tried.borrow() == before => true,
-                Some((at, _)) if at.elapsed() < ASK_AGAIN => false,
+                Some(Asked { before, .. }) if *tried.borrow() == before => true,
+                Some(Asked { at, .. }) if at.elapsed() < ASK_AGAIN => false,
                 _ => {
-                    *asked = Some((Instant::now(), *tried.borrow()));
+                    *asked = Some(Asked {
+                        at: Instant::now(),
+                        before: *tried.borrow(),
+                    });
                     self.wanted.notify_one();
                     true
                 }
@@ -137,7 +148,7 @@ impl Keys {
     /// Why there are no keys.
     pub async fn fetch(&self) -> Result<KeySet, KeyError> {
         match &self.settings.jwks {
-            Jwks::File(path) => KeySet::parse(&std::fs::read(path).map_err(KeyError::File)?),
+            Jwks::File(path) => KeySet::parse(&read(path).map_err(KeyError::File)?),
             Jwks::Url(target) => match timeout(LIMIT, self.get(target)).await {
                 Ok(text) => KeySet::parse(&text?),
                 Err(_) => Err(KeyError::TooLate),
@@ -175,6 +186,18 @@ impl Keys {
             status => Err(KeyError::Status(status)),
         }
     }
+}
+
+/// The text of a file of usual size. Nothing waits at a FIFO.
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("it is not a file"));
+    }
+    let mut text = Vec::new();
+    std::fs::File::open(path)?
+        .take(MOST as u64)
+        .read_to_end(&mut text)?;
+    Ok(text)
 }
 
 /// Keeps the keys fresh, in the background.

@@ -38,10 +38,7 @@ pub enum TokenError {
     #[error("its issuer or its audience is not the one in dispatch.identity.jwt")]
     Issuer,
     /// It does not name a person.
-    #[error(
-        "it has no {}, or one that is not a name",
-        "claim as dispatch.identity.jwt.claim says"
-    )]
+    #[error("it has no claim as dispatch.identity.jwt.claim says, or one that is not a name")]
     Claim,
 }
 

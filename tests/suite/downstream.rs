@@ -9,8 +9,10 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 
-use crate::common::dispatcher::wait_for;
+use crate::common::dispatcher::{Setup, wait_for};
+use crate::common::frames::Frame;
 use crate::common::http::{self, Client};
+use crate::common::raw::{MASK, RawInstance, say};
 use crate::world::{World, from};
 
 /// So many sockets are more than the usual soft limit of 1024.
@@ -180,6 +182,100 @@ async fn a_large_head_is_refused_however_large() {
         }
     }
     assert_eq!(world.alice.seen().len(), before);
+}
+
+/// Heads that come together are read one by one: none is refused for how it was cut up, and none hides behind another.
+#[tokio::test]
+async fn pipelined_heads_are_held_to_the_same_rules() {
+    let world = World::new().await;
+    let session = world.alice.new_session();
+    let head = |path: &str, more: &str| {
+        format!(
+            "GET {path} HTTP/1.1\r\nHost: t3.example.com\r\nX-authentik-username: alice\r\nCookie: {session}\r\n{more}\r\n"
+        )
+    };
+    // Lengths at which a head begins in one read and ends in another.
+    for length in [200, 600, 1500, 7000] {
+        let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
+        let words = format!("X: {}\r\n", "k=v; ".repeat(length / 5));
+        client.send(head("/", &words).repeat(40)).await.unwrap();
+        for number in 0..40 {
+            let reply = client.read_reply("GET").await.unwrap();
+            assert_eq!(reply.status, 200, "{length}, {number}: {}", reply.text());
+        }
+    }
+    let before = world.alice.seen().len();
+    for (second, status) in [
+        (head("/x y", ""), 400),
+        (head("/\x0b", ""), 400),
+        (head("/\0", ""), 400),
+        (head("/x", &"X: y\r\n".repeat(200)), 431),
+        (head("/x", &format!("X: {}\r\n", "y".repeat(70_000))), 431),
+    ] {
+        let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
+        let _ = client.send(head("/", "") + &second).await;
+        assert_eq!(client.read_reply("GET").await.unwrap().status, 200);
+        assert_eq!(client.read_reply("GET").await.unwrap().status, status);
+        until_closed(&mut client.stream, Duration::from_secs(10)).await;
+    }
+    assert_eq!(world.alice.seen().len(), before + 5);
+    // Its beginning came with another head, and the rest never does.
+    let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
+    let half = head("/", "") + "GET / HTTP/1.1\r\nHo";
+    client.send(half).await.unwrap();
+    assert_eq!(client.read_reply("GET").await.unwrap().status, 200);
+    let said = until_closed(&mut client.stream, Duration::from_secs(40)).await;
+    assert!(said.starts_with("HTTP/1.1 408 "), "{said:?}");
+    // An empty line behind a request begins nothing.
+    let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
+    client.send(head("/", "") + "\r\n").await.unwrap();
+    assert_eq!(client.read_reply("GET").await.unwrap().status, 200);
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    client.send(head("/", "")).await.unwrap();
+    assert_eq!(client.read_reply("GET").await.unwrap().status, 200);
+}
+
+/// A client must not, but some send with their handshake what is for the tunnel: it gets there.
+#[tokio::test]
+async fn what_comes_with_a_handshake_waits_for_the_tunnel() {
+    let mut instance = RawInstance::start().await;
+    let base = tempfile::TempDir::new().unwrap();
+    let setup = Setup::new(base.path(), crate::common::mint::working(base.path()));
+    let dispatcher = setup.user("alice", "alice", instance.port).start().await;
+    let mut client = Client::connect(dispatcher.address()).await.unwrap();
+    let handshake = "GET /ws HTTP/1.1\r\nHost: t3.example.com\r\nX-authentik-username: alice\r\nCookie: t3_session=x\r\n\
+         Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    let mut early = Vec::new();
+    Frame::text("early").write(&mut early, MASK).await.unwrap();
+    client
+        .send([handshake.as_bytes(), &early].concat())
+        .await
+        .unwrap();
+    assert_eq!(client.read_head().await.unwrap().0, 101);
+    let mut instance = instance.next().await;
+    assert_eq!(
+        Frame::read(&mut instance).await.unwrap(),
+        Frame::text("early")
+    );
+    say(&mut client.stream, &mut instance, "later", MASK).await;
+}
+
+#[tokio::test]
+async fn the_operators_listener_takes_no_connection_from_people() {
+    let world = World::with(|setup| setup.set("max_connections", 8)).await;
+    let mut held = Vec::new();
+    for _ in 0..64 {
+        let mut client = Client::connect(world.dispatcher.admin()).await.unwrap();
+        let reply = client.request("GET", "/healthz", &[], b"").await.unwrap();
+        assert_eq!(reply.status, 200);
+        held.push(client);
+    }
+    let mut more = TcpStream::connect(world.dispatcher.admin()).await.unwrap();
+    let said = until_closed(&mut more, Duration::from_secs(10)).await;
+    assert!(said.starts_with("HTTP/1.1 503 "), "{said:?}");
+    let reply = http::request(world.dispatcher.address(), "GET", "/healthz", &[], b"").await;
+    assert_eq!(reply.unwrap().status, 200);
 }
 
 #[tokio::test]

@@ -25,7 +25,7 @@ const NUMBER: &str = "NNNNNN";
 const STOLEN: &str = "GET /stolen/NNNNNN HTTP/1.1\r\nHost: t3.example.com\r\nX-authentik-username: bob\r\nCookie: t3_session=bob\r\n\r\n";
 
 /// How long anything may take before it counts as never.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// What must become of a variant.
 #[derive(Debug, Clone, PartialEq, Eq)]
