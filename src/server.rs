@@ -16,7 +16,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::admin::Admin;
-use crate::config::{Jwks, Jwt, Listen, Settings};
+use crate::config::{Jwks, Listen, Settings};
 use crate::dispatch::{Dispatcher, requests_in_flight};
 use crate::downstream::{Front, LAST_ANSWERS, LastAnswers};
 use crate::events;
@@ -100,8 +100,8 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
     })?;
     let access = Access::new(&dispatch)?;
     let keys = dispatch.identity.jwt.clone().map(Keys::new);
-    if let Some((keys, jwt)) = keys.as_ref().zip(dispatch.identity.jwt.as_ref()) {
-        first_keys(keys, jwt, start.test)?;
+    if let Some(keys) = &keys {
+        first_keys(keys, start.test)?;
     }
     if start.test {
         println!("settings and table are good");
@@ -159,10 +159,7 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
         rules.stall(),
         rules.watchdog * 2,
     );
-    let tokens = keys
-        .clone()
-        .zip(dispatch.identity.jwt.as_ref())
-        .map(|(keys, jwt)| Tokens::new(jwt, keys));
+    let tokens = keys.clone().map(Tokens::new);
     let most = room(dispatch.max_connections as usize);
     let dispatcher = Dispatcher::new(dispatch.clone(), tables.clone(), tokens, most);
     let front = Front::new(
@@ -298,8 +295,9 @@ fn room(wanted: usize) -> usize {
 
 /// Fetches the keys that tokens are verified with, so that nobody has to wait for them. A server that is down may come up
 /// again; a file has to be there.
-fn first_keys(keys: &Keys, jwt: &Jwt, test: bool) -> Result<(), ServeError> {
-    if test && matches!(jwt.jwks, Jwks::Url(_)) {
+fn first_keys(keys: &Keys, test: bool) -> Result<(), ServeError> {
+    let source = &keys.settings().jwks;
+    if test && matches!(source, Jwks::Url(_)) {
         return Ok(());
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -308,7 +306,7 @@ fn first_keys(keys: &Keys, jwt: &Jwt, test: bool) -> Result<(), ServeError> {
     let outcome = runtime.block_on(keys.refresh());
     // A name server that does not answer would hold it up for much longer than the limit.
     runtime.shutdown_background();
-    match (outcome, &jwt.jwks) {
+    match (outcome, source) {
         (Err(error), Jwks::File(path)) => Err(ServeError::Keys {
             file: path.display().to_string(),
             error,
@@ -462,13 +460,15 @@ async fn outcome(attempt: &mut Option<Attempt>) -> Result<u32, UpgradeError> {
 impl Signals {
     /// Waits until this process serves, then tells everybody who should know.
     async fn serving(&self, messages: mpsc::Sender<Message>) {
+        let give_up = |error: &dyn std::error::Error| -> ! {
+            events::not_serving(error);
+            std::process::exit(1)
+        };
         if let Err(error) = self.handover.listening().await {
-            events::not_serving(&error);
-            std::process::exit(1);
+            give_up(&error);
         }
         if let Err(error) = self.access.grant(&self.listen) {
-            events::not_serving(&error);
-            std::process::exit(1);
+            give_up(&error);
         }
         READY.store(true, Ordering::Release);
         match self.handover.word(self.upgraded).await {

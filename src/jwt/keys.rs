@@ -95,6 +95,11 @@ impl Keys {
         })
     }
 
+    /// What the settings say of tokens and of where their keys are.
+    pub fn settings(&self) -> &Jwt {
+        &self.settings
+    }
+
     /// The keys in force.
     pub fn current(&self) -> Option<Arc<KeySet>> {
         self.current.load_full()

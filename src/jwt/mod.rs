@@ -207,10 +207,10 @@ pub enum Unproven {
 }
 
 impl Tokens {
-    /// Verifies with `keys`, as the settings say.
-    pub fn new(settings: &Jwt, keys: Arc<Keys>) -> Tokens {
+    /// Verifies with `keys`, as their settings say.
+    pub fn new(keys: Arc<Keys>) -> Tokens {
         Tokens {
-            rules: Rules::new(settings),
+            rules: Rules::new(keys.settings()),
             keys,
         }
     }

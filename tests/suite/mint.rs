@@ -428,14 +428,16 @@ fn syslog_is_told_who_was_minted_for_and_no_credential() {
     assert_eq!(machine.status(), 0);
 }
 
+/// The beginning of a command line that is run as this user and no other.
+fn as_uid(id: &str) -> [&str; 6] {
+    ["setpriv", "--reuid", id, "--regid", id, "--clear-groups"]
+}
+
 #[test]
 fn only_root_runs_it() {
     let machine = machine();
     let id = SERVICE.to_string();
-    let service = |line: &[&str]| {
-        let prefix = ["setpriv", "--reuid", &id, "--regid", &id, "--clear-groups"];
-        machine.run(&[&prefix[..], line].concat())
-    };
+    let service = |line: &[&str]| machine.run(&[&as_uid(&id)[..], line].concat());
     let told = service(&["t3-mint", "alice"]);
     assert_eq!((told.status, &*told.out), (126, ""), "{told:?}");
     // Not even where somebody has made it setuid.
@@ -447,19 +449,8 @@ fn only_root_runs_it() {
 fn sudo_lets_the_service_user_mint_and_nothing_else() {
     let machine = machine();
     let id = SERVICE.to_string();
-    let as_user = |id: &str, line: &[&str]| {
-        let prefix = [
-            "setpriv",
-            "--reuid",
-            id,
-            "--regid",
-            id,
-            "--clear-groups",
-            "sudo",
-            "-n",
-        ];
-        machine.run(&[&prefix[..], line].concat())
-    };
+    let as_user =
+        |id: &str, line: &[&str]| machine.run(&[&as_uid(id)[..], &["sudo", "-n"], line].concat());
     let check = machine.run(&["visudo", "-c"]);
     assert_eq!(check.status, 0, "{check:?}");
     let mint = "/usr/bin/t3-mint";
@@ -546,15 +537,7 @@ async fn place(machine: &Machine) -> (Instance, Setup) {
     let id = SERVICE.to_string();
     let setup = Setup::new(&base, Vec::new()).user("alice", "alice", alice.port());
     let mut through = machine.enter();
-    through.args([
-        "setpriv",
-        "--reuid",
-        &id,
-        "--regid",
-        &id,
-        "--clear-groups",
-        "t3-dispatch",
-    ]);
+    through.args(as_uid(&id)).arg("t3-dispatch");
     (alice, setup.through(through))
 }
 
@@ -562,20 +545,8 @@ async fn place(machine: &Machine) -> (Instance, Setup) {
 fn check(machine: &Machine, setup: &Setup, uid: u32) -> Told {
     let id = uid.to_string();
     let file = setup.write().display().to_string();
-    machine.run(&[
-        "setpriv",
-        "--reuid",
-        &id,
-        "--regid",
-        &id,
-        "--clear-groups",
-        "t3-dispatch",
-        "check",
-        "--pair",
-        "alice",
-        "-c",
-        &file,
-    ])
+    let line = ["t3-dispatch", "check", "--pair", "alice", "-c", &file];
+    machine.run(&[&as_uid(&id)[..], &line].concat())
 }
 
 #[tokio::test(flavor = "multi_thread")]
