@@ -37,7 +37,14 @@ async fn only_trusted_proxies_name_people() {
     let world =
         World::with(|setup| setup.set("identity.trusted_proxies", vec!["192.0.2.0/24", "::1/128"]))
             .await;
-    for extra in [&[][..], &UPGRADE] {
+    // What instances, or what people run in them, may take for a name or an address.
+    let forwarded = [
+        ("Forwarded", "for=192.0.2.1;by=192.0.2.1"),
+        ("X-Forwarded-For", "192.0.2.1"),
+        ("X-Forwarded-Host", "t3.example.com"),
+        ("X-Forwarded-User", "alice"),
+    ];
+    for extra in [&[][..], &UPGRADE, &forwarded] {
         let reply = world.dispatcher.get("alice", "/", extra).await;
         assert_eq!(reply.status, 403);
         assert_eq!(reply.get("x-t3-dispatch-error"), Some("untrusted-proxy"));
