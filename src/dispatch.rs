@@ -6,15 +6,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use async_trait::async_trait;
-use http::{HeaderValue, StatusCode, Version, header};
+use http::{HeaderMap, HeaderValue, StatusCode, Version, header};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::HttpPeer;
 use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use pingora::{Error, ErrorSource, ErrorType, Result};
-use tokio::sync::Notify;
 
 use crate::config::Dispatch;
-use crate::downstream::head_is_read;
+use crate::downstream::{cut, head_is_read};
 use crate::events::{self, Outcome};
 use crate::forward;
 use crate::gate::how;
@@ -67,30 +66,29 @@ pub struct Ctx {
     outcome: Option<Outcome>,
 }
 
+/// What is to be done with a request.
+enum Step {
+    /// It goes to the instance that was found.
+    Proxy,
+    /// Say that this process is well.
+    Health,
+    /// Echo.
+    Probe,
+    /// Show this person their own page.
+    Page(String),
+    /// Pair this person's browser with their instance.
+    Pair(String, Arc<Instance>),
+}
+
+/// Why a request is refused, and to whom where that is known.
+type Refused = (Refusal, Option<String>);
+
 /// Requests and tunnels that are not over, so that a process that leaves knows when it may.
 static IN_FLIGHT: AtomicUsize = AtomicUsize::new(0);
 
 /// Number of requests that are not over; an open WebSocket is one.
 pub fn requests_in_flight() -> usize {
     IN_FLIGHT.load(Ordering::Acquire)
-}
-
-tokio::task_local! {
-    /// Ends the request that this task is about, whatever it waits for.
-    static CUT: Arc<Notify>;
-}
-
-/// Runs a request so that its tunnel can cut it off.
-pub async fn until_cut<T>(request: impl Future<Output = Option<T>>) -> Option<T> {
-    let cut = Arc::new(Notify::new());
-    CUT.scope(cut.clone(), async {
-        tokio::select! {
-            biased;
-            outcome = request => outcome,
-            () = cut.notified() => None,
-        }
-    })
-    .await
 }
 
 struct InFlight;
@@ -133,11 +131,81 @@ impl Dispatcher {
 }
 
 impl Inner {
+    /// Finds out what is to be done with a request.
+    async fn decide(
+        self: &Arc<Self>,
+        session: &mut Session,
+        ctx: &mut Ctx,
+    ) -> Result<Step, Refused> {
+        if let Err(error) = check_head(session) {
+            // Whatever comes behind it may be meant as a part of it.
+            session.set_keepalive(None);
+            return Err((Refusal::Head(error), None));
+        }
+        let request = session.req_header();
+        if forward::is_malformed(request) {
+            return Err((Refusal::BadRequest, None));
+        }
+        match request.uri.path() {
+            "/healthz" | "/probe/healthz" => return Ok(Step::Health),
+            "/probe/ws" => return Ok(Step::Probe),
+            _ => {}
+        }
+        let (user, instance) = self.find(session).await?;
+        if page::is_ours(request.uri.path()) {
+            return Ok(Step::Page(user));
+        }
+        let upgrade = session.is_upgrade_req();
+        let origins = &self.settings.tunnels.allowed_origins;
+        if upgrade && !forward::is_origin_allowed(&request.headers, origins) {
+            return Err((Refusal::CrossOrigin, Some(user)));
+        }
+        ctx.place = instance.enter(self.most_each);
+        if ctx.place.is_none() {
+            return Err((Refusal::InstanceBusy, Some(user)));
+        }
+        if !self.has_session(request, &instance).await {
+            return Ok(Step::Pair(user, instance));
+        }
+        if upgrade {
+            let about = about(session, &user, &instance);
+            ctx.tunnel = Some(Tunnel::new(about, &self.rules, cut()));
+        }
+        // Looking for the session may have taken seconds, in which the table may have taken the instance away. The tunnel
+        // is known to the revocation by now, so that none escapes it.
+        if let Some(refusal) = self.lost(&user, &instance) {
+            if let Some(tunnel) = &ctx.tunnel {
+                tunnel.give(Order::Revoked);
+            }
+            return Err((refusal, Some(user)));
+        }
+        ctx.found = Some((user, instance));
+        Ok(Step::Proxy)
+    }
+
+    /// Answers a request that does not go to an instance.
+    async fn serve(&self, step: Step, session: &mut Session, ctx: &mut Ctx) -> Result<bool> {
+        match step {
+            Step::Proxy => Ok(false),
+            Step::Health => {
+                ctx.outcome = Some(Outcome::Health);
+                healthy(session).await
+            }
+            Step::Probe => {
+                ctx.outcome = Some(Outcome::Probe);
+                self.probe(session, ctx).await
+            }
+            Step::Page(user) => {
+                ctx.outcome = Some(Outcome::Page);
+                page::serve(session, &user, &self.settings).await?;
+                Ok(true)
+            }
+            Step::Pair(user, instance) => self.pair(session, ctx, &user, &instance).await,
+        }
+    }
+
     /// Who asks, and the instance that is theirs.
-    async fn find(
-        &self,
-        session: &Session,
-    ) -> Result<(String, Arc<Instance>), (Refusal, Option<String>)> {
+    async fn find(&self, session: &Session) -> Result<(String, Arc<Instance>), Refused> {
         let peer = peer(session).ok_or((Refusal::Internal, None))?;
         let rules = &self.settings.identity;
         let headers = &session.req_header().headers;
@@ -175,12 +243,18 @@ impl Inner {
         request: &RequestHeader,
         instance: &Arc<Instance>,
     ) -> bool {
-        let silent = self.learn_cookie_name(instance).await;
         let headers = &request.headers;
+        let silent =
+            !instance.cookie.is_known() && Box::pin(self.learn_cookie_name(instance)).await;
         // An instance that has just not answered one question need not be asked another.
         if silent || !is_document_navigation(&request.method, headers) {
             return has_session_cookie(headers, &instance.cookie);
         }
+        Box::pin(self.is_session_alive(headers, instance)).await
+    }
+
+    /// Whether the instance knows a session that the request comes with, or does not say.
+    async fn is_session_alive(&self, headers: &HeaderMap, instance: &Instance) -> bool {
         let mut asked = None;
         // The check may teach us that the cookie has another name by now, under which the browser may have one too.
         while let Some(cookies) =
@@ -196,12 +270,9 @@ impl Inner {
         false
     }
 
-    /// Learns the name of the instance's session cookie, unless it is known. The first question is waited for; gives
-    /// whether that was just now, and in vain.
+    /// Learns the name of the instance's session cookie. The first question is waited for; gives whether that was just now,
+    /// and in vain.
     async fn learn_cookie_name(self: &Arc<Self>, instance: &Arc<Instance>) -> bool {
-        if instance.cookie.known().is_some() {
-            return false;
-        }
         let mut asked_now = false;
         let first = instance.cookie.first.get_or_init(|| {
             asked_now = true;
@@ -211,7 +282,7 @@ impl Inner {
             }
         });
         first.await;
-        let unknown = instance.cookie.known().is_none();
+        let unknown = !instance.cookie.is_known();
         if unknown && !asked_now && instance.cookie.ask_again() {
             let (dispatcher, instance) = (self.clone(), instance.clone());
             tokio::spawn(async move { dispatcher.check(&instance, None).await });
@@ -440,64 +511,12 @@ impl ProxyHttp for Dispatcher {
     }
 
     async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> Result<bool> {
-        if let Err(error) = check_head(session) {
-            // Whatever comes behind it may be meant as a part of it.
-            session.set_keepalive(None);
-            return refuse(session, ctx, Refusal::Head(error), None).await;
+        // What is rare is boxed, so that every request need not bring the room for it.
+        match self.0.decide(session, ctx).await {
+            Ok(Step::Proxy) => Ok(false),
+            Ok(step) => Box::pin(self.0.serve(step, session, ctx)).await,
+            Err((refusal, user)) => Box::pin(refuse(session, ctx, refusal, user.as_deref())).await,
         }
-        if forward::is_malformed(session.req_header()) {
-            return refuse(session, ctx, Refusal::BadRequest, None).await;
-        }
-        if matches!(
-            session.req_header().uri.path(),
-            "/healthz" | "/probe/healthz"
-        ) {
-            ctx.outcome = Some(Outcome::Health);
-            return healthy(session).await;
-        }
-        if session.req_header().uri.path() == "/probe/ws" {
-            ctx.outcome = Some(Outcome::Probe);
-            return self.0.probe(session, ctx).await;
-        }
-        let (user, instance) = match self.0.find(session).await {
-            Ok(found) => found,
-            Err((refusal, user)) => return refuse(session, ctx, refusal, user.as_deref()).await,
-        };
-        if page::is_ours(session.req_header().uri.path()) {
-            ctx.outcome = Some(Outcome::Page);
-            page::serve(session, &user, &self.0.settings).await?;
-            return Ok(true);
-        }
-        let upgrade = session.is_upgrade_req();
-        let origins = &self.0.settings.tunnels.allowed_origins;
-        if upgrade && !forward::is_origin_allowed(&session.req_header().headers, origins) {
-            return refuse(session, ctx, Refusal::CrossOrigin, Some(&user)).await;
-        }
-        ctx.place = instance.enter(self.0.most_each);
-        if ctx.place.is_none() {
-            return refuse(session, ctx, Refusal::InstanceBusy, Some(&user)).await;
-        }
-        if !self.0.has_session(session.req_header(), &instance).await {
-            return self.0.pair(session, ctx, &user, &instance).await;
-        }
-        if upgrade {
-            let cut = CUT.try_with(Arc::clone).unwrap_or_default();
-            ctx.tunnel = Some(Tunnel::new(
-                about(session, &user, &instance),
-                &self.0.rules,
-                cut,
-            ));
-        }
-        // Looking for the session may have taken seconds, in which the table may have taken the instance away. The tunnel
-        // is known to the revocation by now, so that none escapes it.
-        if let Some(refusal) = self.0.lost(&user, &instance) {
-            if let Some(tunnel) = &ctx.tunnel {
-                tunnel.give(Order::Revoked);
-            }
-            return refuse(session, ctx, refusal, Some(&user)).await;
-        }
-        ctx.found = Some((user, instance));
-        Ok(false)
     }
 
     async fn upstream_peer(&self, session: &mut Session, ctx: &mut Ctx) -> Result<Box<HttpPeer>> {

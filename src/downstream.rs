@@ -23,7 +23,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::time::{Sleep, sleep, timeout};
 
 use crate::config::Identity;
-use crate::dispatch::{Dispatcher, until_cut};
+use crate::dispatch::Dispatcher;
 use crate::events;
 use crate::head::Progress;
 use crate::identity::Peer;
@@ -51,6 +51,13 @@ tokio::task_local! {
 /// come too early waits for the answer.
 pub fn head_is_read(tunnel: bool) {
     let _ = CONNECTION.try_with(|head| head.is_read(tunnel));
+}
+
+/// What ends the present connection, whatever it waits for.
+pub fn cut() -> Arc<Notify> {
+    CONNECTION
+        .try_with(|head| head.cut.clone())
+        .unwrap_or_default()
 }
 
 /// A server on connections that are held to limits.
@@ -112,7 +119,7 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
         tokio::select! {
             biased;
             _ = served => return None,
-            () = head.refused.notified() => {}
+            () = head.cut.notified() => {}
         }
         // By now what served it has been dropped, and has left the connection behind.
         let left = {
@@ -162,8 +169,8 @@ struct Head {
     /// Whether what came behind it waits for an answer.
     waiting: AtomicBool,
     state: Mutex<State>,
-    /// The head is one that is not read to its end.
-    refused: Notify,
+    /// Whatever serves the connection is to leave it: a head is not read to its end, or a tunnel is cut off.
+    cut: Arc<Notify>,
 }
 
 #[derive(Default)]
@@ -195,7 +202,7 @@ impl Head {
 
     fn refuse(&self, mut state: std::sync::MutexGuard<'_, State>, refusal: Refusal) {
         state.refusal = Some(refusal);
-        self.refused.notify_one();
+        self.cut.notify_one();
     }
 }
 
@@ -411,7 +418,7 @@ impl HttpServerApp for LastAnswers {
     ) -> Option<ReusedHttpStream> {
         host::watch();
         let _ = CONNECTION.try_with(|head| head.expect());
-        until_cut(self.proxy.process_new_http(session, shutdown)).await
+        self.proxy.process_new_http(session, shutdown).await
     }
 
     fn server_options(&self) -> Option<&HttpServerOptions> {

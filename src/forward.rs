@@ -1,5 +1,6 @@
 //! Passing on: the peer's options, and the headers out and back.
 
+use std::io::Write;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,14 +20,14 @@ use crate::table::{Instance, unique};
 use crate::tunnel::live::Tunnel;
 
 /// Headers that belong to one connection (RFC 9110, section 7.6.1), as far as Pingora leaves them in a response.
-const HOP_BY_HOP: [&str; 7] = [
-    "keep-alive",
-    "proxy-connection",
-    "proxy-authenticate",
-    "te",
-    "trailer",
-    "upgrade",
-    "proxy-authorization",
+static HOP_BY_HOP: [HeaderName; 7] = [
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::PROXY_AUTHENTICATE,
+    header::TE,
+    header::TRAILER,
+    header::UPGRADE,
+    header::PROXY_AUTHORIZATION,
 ];
 
 /// Whether the request asks for a WebSocket (RFC 6455, section 4.1) and nothing else: such a request alone may turn
@@ -190,12 +191,13 @@ pub fn request_head(request: &mut RequestHeader, client: Option<IpAddr>) -> Resu
     }
     let Some(client) = client else { return Ok(()) };
     let name = HeaderName::from_static("x-forwarded-for");
-    let mut chain = Vec::new();
+    let mut chain = Vec::with_capacity(64);
     for value in request.headers.get_all(&name) {
         chain.extend_from_slice(value.as_bytes());
         chain.extend_from_slice(b", ");
     }
-    chain.extend_from_slice(client.to_string().as_bytes());
+    // Writing into memory does not fail.
+    let _ = write!(chain, "{client}");
     request.insert_header("X-Forwarded-For", chain)
 }
 
@@ -213,8 +215,11 @@ pub fn response_head(response: &mut ResponseHeader, version: Version) {
     for name in &nominated {
         response.remove_header(name);
     }
-    for name in HOP_BY_HOP {
-        response.remove_header(name);
+    // ERROR_HEADER tells whose answer a refusal is, so it must be ours. Most responses have none of these, which one look
+    // at their headers tells.
+    let has_to_go = |name: &&HeaderName| **name == *ERROR_HEADER || HOP_BY_HOP.contains(name);
+    while let Some(name) = response.headers.keys().find(has_to_go).cloned() {
+        response.remove_header(&name);
     }
     // Neither has a body (RFC 9112, section 6.3).
     if response.status.is_informational() || response.status == StatusCode::NO_CONTENT {
@@ -225,8 +230,6 @@ pub fn response_head(response: &mut ResponseHeader, version: Version) {
     if version < Version::HTTP_11 {
         response.remove_header(&header::TRANSFER_ENCODING);
     }
-    // It tells whose answer a refusal is, so it must be ours.
-    response.remove_header(ERROR_HEADER);
 }
 
 #[cfg(test)]

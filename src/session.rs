@@ -29,11 +29,6 @@ pub struct CookieName {
 }
 
 impl CookieName {
-    /// The name, once the instance has said it.
-    pub fn known(&self) -> Option<Arc<String>> {
-        self.known.load_full()
-    }
-
     /// Notes the name that the instance has just said.
     pub fn learn(&self, name: &str) {
         if self
@@ -58,16 +53,21 @@ impl CookieName {
 
     /// Whether a cookie of that name counts as a session cookie. While the name is unknown every name that an instance
     /// may use counts, so that a restart of either side never costs a working session.
-    pub fn counts(&self, name: &str) -> bool {
+    pub fn counts(&self, name: &[u8]) -> bool {
         match &*self.known.load() {
-            Some(known) => **known == name,
+            Some(known) => known.as_bytes() == name,
             None => may_be_session(name),
         }
     }
+
+    /// Whether the instance has said it.
+    pub fn is_known(&self) -> bool {
+        self.known.load().is_some()
+    }
 }
 
-fn may_be_session(name: &str) -> bool {
-    name == PLAIN_NAME || name.starts_with(NAME_PREFIX)
+fn may_be_session(name: &[u8]) -> bool {
+    name == PLAIN_NAME.as_bytes() || name.starts_with(NAME_PREFIX.as_bytes())
 }
 
 /// Whether the request is a top-level navigation of a browser. Only such a request may be answered with a redirect
@@ -91,17 +91,21 @@ pub fn accepts_html(headers: &HeaderMap) -> bool {
         .any(|value| value.as_bytes().windows(9).any(|part| part == b"text/html"))
 }
 
-/// The cookies of a request that count as session cookies, as name and value.
+/// The cookies of a request that count as session cookies, as name and value. A cookie of another application may hold any
+/// bytes; it must not hide ours.
 fn each_session_cookie<'a>(
     headers: &'a HeaderMap,
     names: &'a CookieName,
-) -> impl Iterator<Item = Cookie<'a>> {
+) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
     headers
         .get_all(header::COOKIE)
         .iter()
-        // A cookie of another application may hold any bytes; it must not hide ours.
-        .flat_map(|line| Cookie::split_parse(String::from_utf8_lossy(line.as_bytes())).flatten())
-        .filter(|cookie| names.counts(cookie.name()))
+        .flat_map(|line| line.as_bytes().split(|byte| *byte == b';'))
+        .filter_map(|pair| {
+            let equals = memchr::memchr(b'=', pair)?;
+            Some((pair[..equals].trim_ascii(), pair[equals + 1..].trim_ascii()))
+        })
+        .filter(|(name, _)| names.counts(name))
 }
 
 /// Whether the request has a session cookie, alive or not.
@@ -112,17 +116,17 @@ pub fn has_session_cookie(headers: &HeaderMap, names: &CookieName) -> bool {
 /// The session cookies of a request as one `Cookie` header of their own, or `None` where there is none. Of a name that
 /// is there twice the first counts, as it does for the instance.
 pub fn session_cookies(headers: &HeaderMap, names: &CookieName) -> Option<HeaderValue> {
-    let mut kept: Vec<Cookie<'_>> = Vec::new();
-    for cookie in each_session_cookie(headers, names) {
-        if !kept.iter().any(|earlier| earlier.name() == cookie.name()) {
-            kept.push(cookie);
+    let mut kept: Vec<(&[u8], &[u8])> = Vec::new();
+    for (name, value) in each_session_cookie(headers, names) {
+        if !kept.iter().any(|(earlier, _)| *earlier == name) {
+            kept.push((name, value));
         }
     }
-    let pairs: Vec<String> = kept
+    let pairs: Vec<_> = kept
         .iter()
-        .map(|cookie| format!("{}={}", cookie.name(), cookie.value()))
+        .map(|(name, value)| [*name, *value].join(&b'='))
         .collect();
-    let mut value = HeaderValue::try_from(pairs.join("; "))
+    let mut value = HeaderValue::from_bytes(&pairs.join(&b"; "[..]))
         .ok()
         .filter(|value| !value.is_empty())?;
     value.set_sensitive(true);
@@ -134,7 +138,8 @@ pub fn session_cookie_set(line: &HeaderValue, names: &CookieName) -> Option<Stri
     let text = String::from_utf8_lossy(line.as_bytes());
     let cookie = Cookie::parse(text).ok()?;
     // The instance's word for its name may just have changed, so names that were not expected count too.
-    let is_session = names.counts(cookie.name()) || may_be_session(cookie.name());
+    let is_session =
+        names.counts(cookie.name().as_bytes()) || may_be_session(cookie.name().as_bytes());
     // RFC 6265, section 5.3: Max-Age goes before Expires.
     let expired = match (cookie.max_age(), cookie.expires_datetime()) {
         (Some(age), _) => !age.is_positive(),
