@@ -411,24 +411,27 @@ pub fn cookies(data: &[u8]) {
         built.is_some(),
         session::has_session_cookie(&headers, &names)
     );
-    // Plain string work is the measure: pairs between semicolons, blanks around them stripped, the first of a name wins.
-    let mut expected: Vec<(String, String)> = Vec::new();
+    // Plain work on bytes is the measure: pairs between semicolons, blanks around them stripped, the first of a name wins.
+    let mut expected: Vec<(&[u8], &[u8])> = Vec::new();
     for line in &lines {
-        for pair in String::from_utf8_lossy(line.as_bytes()).split(';') {
-            if let Some((name, value)) = pair.split_once('=')
-                && names.counts(name.trim())
-                && expected.iter().all(|(earlier, _)| earlier != name.trim())
+        for pair in line.as_bytes().split(|byte| *byte == b';') {
+            let mut halves = pair.splitn(2, |byte| *byte == b'=');
+            if let (Some(name), Some(value)) = (halves.next(), halves.next())
+                && names.counts(name.trim_ascii())
+                && expected
+                    .iter()
+                    .all(|(earlier, _)| *earlier != name.trim_ascii())
             {
-                expected.push((name.trim().into(), value.trim().into()));
+                expected.push((name.trim_ascii(), value.trim_ascii()));
             }
         }
     }
-    let pairs: Vec<String> = expected
+    let pairs: Vec<Vec<u8>> = expected
         .iter()
-        .map(|(name, value)| format!("{name}={value}"))
+        .map(|(name, value)| [*name, *value].join(&b'='))
         .collect();
     let text = built.as_ref().map(|value| value.as_bytes());
-    assert_eq!(text.unwrap_or_default(), pairs.join("; ").as_bytes());
+    assert_eq!(text.unwrap_or_default(), pairs.join(&b"; "[..]));
     if let Some(built) = built {
         assert!(built.is_sensitive());
         let alone = cookie_headers([built.clone()]);
@@ -455,7 +458,7 @@ pub fn cookies(data: &[u8]) {
             .and_then(|pair| pair.split_once('='))
             .expect("a pair");
         assert_eq!(given.trim(), name);
-        assert!(names.counts(&name) || CookieName::default().counts(&name));
+        assert!(names.counts(name.as_bytes()) || CookieName::default().counts(name.as_bytes()));
         assert!(
             !value.trim().is_empty(),
             "an empty value takes a session away"

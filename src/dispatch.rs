@@ -8,6 +8,7 @@ use std::time::Instant;
 use async_trait::async_trait;
 use http::{HeaderMap, HeaderValue, StatusCode, Version, header};
 use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::modules::http::HttpModules;
 use pingora::prelude::HttpPeer;
 use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use pingora::{Error, ErrorSource, ErrorType, Result};
@@ -476,6 +477,9 @@ impl ProxyHttp for Dispatcher {
             outcome: None,
         }
     }
+
+    // Pingora would look at each message for something to compress, and find that it need not.
+    fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
 
     async fn early_request_filter(&self, session: &mut Session, _ctx: &mut Ctx) -> Result<()> {
         let tunnel = forward::is_websocket(session.req_header());

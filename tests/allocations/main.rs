@@ -1,0 +1,148 @@
+//! How often a request and a message allocate, counted in the dispatcher itself, and held to a number.
+//!
+//! This program is both: started by cargo it is the test, and started by itself it is the dispatcher with an allocator that
+//! counts.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout};
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use common::dispatcher::Setup;
+use common::http::{self, Client};
+use common::mint;
+use common::raw::{MASK, RawInstance, open, say};
+use tikv_jemallocator::Jemalloc;
+
+/// What one operation may allocate at most. Whoever makes one cheaper lowers its number.
+const REQUEST: u64 = 0;
+const CONNECTION: u64 = 0;
+const MESSAGE: u64 = 0;
+const TUNNEL: u64 = 0;
+
+struct Counting;
+
+static COUNT: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: everything is passed on to the allocator that the product has.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+        unsafe { Jemalloc.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+        unsafe { Jemalloc.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, place: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+        unsafe { Jemalloc.realloc(place, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
+        unsafe { Jemalloc.dealloc(place, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Where the dispatcher tells its count.
+const TELL: &str = "COUNT_SOCKET";
+
+fn main() -> ExitCode {
+    let Some(socket) = std::env::var_os(TELL) else {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        return runtime.block_on(test());
+    };
+    let listener = UnixListener::bind(socket).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let count = COUNT.load(Ordering::Relaxed);
+            let _ = stream.unwrap().write_all(&count.to_be_bytes());
+        }
+    });
+    t3_dispatch::cli::main()
+}
+
+fn count(socket: &Path) -> u64 {
+    let mut bytes = [0; 8];
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.read_exact(&mut bytes).unwrap();
+    u64::from_be_bytes(bytes)
+}
+
+/// Operations that are counted, and as many as a fifth before, so that everything has its size.
+const TIMES: u64 = 1000;
+
+/// Allocations of one `operation`. What else goes on meanwhile is far less than one for each.
+async fn each(socket: &Path, mut operation: impl AsyncFnMut()) -> u64 {
+    for _ in 0..TIMES / 5 {
+        operation().await;
+    }
+    let before = count(socket);
+    for _ in 0..TIMES {
+        operation().await;
+    }
+    (count(socket) - before) / TIMES
+}
+
+async fn test() -> ExitCode {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path();
+    let socket = base.join("count");
+    let mut counting = Command::new(std::env::current_exe().unwrap());
+    counting.env(TELL, &socket);
+    let mut instance = RawInstance::start().await;
+    let mut setup = Setup::new(base, mint::working(base)).through(counting);
+    setup.top["threads"] = 1.into();
+    let dispatcher = setup.user("alice", "alice", instance.port).start().await;
+    let address = dispatcher.address();
+    let behind_the_edge = [
+        ("Accept", "*/*"),
+        ("Accept-Encoding", "gzip, deflate, br"),
+        ("Cookie", "theme=dark; t3_session=x"),
+        ("Sec-Fetch-Dest", "empty"),
+        ("X-authentik-username", "alice@example.com"),
+        ("X-Forwarded-For", "192.0.2.7"),
+    ];
+    let mut over = false;
+    let mut hold = |what: &str, count: u64, most: u64| {
+        println!("{what}: {count} allocations, {most} at most");
+        over |= count > most;
+    };
+
+    let mut kept = Client::connect(address).await.unwrap();
+    let request = each(&socket, async || {
+        let reply = kept.request("GET", "/a", &behind_the_edge, b"").await;
+        assert_eq!(reply.unwrap().status, 200);
+    });
+    hold("request on a kept connection", request.await, REQUEST);
+
+    let connection = each(&socket, async || {
+        let reply = http::request(address, "GET", "/a", &behind_the_edge, b"").await;
+        assert_eq!(reply.unwrap().status, 200);
+    });
+    hold("request on a new connection", connection.await, CONNECTION);
+
+    let (mut client, mut server) = (open(address, "alice").await, instance.next().await);
+    let message = each(&socket, async || {
+        say(&mut client, &mut server, "ping", MASK).await;
+        say(&mut server, &mut client, "pong", None).await;
+    });
+    hold("message each way of a WebSocket", message.await, MESSAGE);
+
+    let tunnel = each(&socket, async || {
+        let client = open(address, "alice").await;
+        drop((client, instance.next().await));
+    });
+    hold("WebSocket that comes and goes", tunnel.await, TUNNEL);
+    ExitCode::from(u8::from(over))
+}
