@@ -65,7 +65,8 @@ fn main() {
         most_lost: 10 + sockets / 10,
         tally: RefCell::new(Tally {
             lost: 0,
-            latencies: Histogram::new(3).unwrap_or_else(|error| fail(&error.to_string())),
+            latencies: Histogram::new_with_max(60_000_000_000, 3)
+                .unwrap_or_else(|error| fail(&error.to_string())),
         }),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
