@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines, Stdin};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
@@ -85,7 +85,11 @@ fn fail(why: &str) -> ! {
 }
 
 async fn run(load: Load, sockets: usize, seconds: u64) -> io::Result<()> {
-    let mut lines = BufReader::new(tokio::io::stdin()).lines();
+    let (heard, mut lines) = mpsc::unbounded_channel();
+    std::thread::spawn(move || {
+        let lines = io::stdin().lines();
+        lines.map_while(|line| heard.send(line.ok()?).ok()).count()
+    });
     let load = Rc::new(load);
     let (order, orders) = watch::channel(Step::Hold);
     let (tell, mut told) = mpsc::unbounded_channel();
@@ -123,12 +127,10 @@ async fn run(load: Load, sockets: usize, seconds: u64) -> io::Result<()> {
     Ok(())
 }
 
-async fn next(lines: &mut Lines<BufReader<Stdin>>) -> io::Result<()> {
-    match lines.next_line().await? {
-        Some(_) => Ok(()),
-        // Whoever told us what to do has gone.
-        None => Err(io::ErrorKind::UnexpectedEof.into()),
-    }
+async fn next(lines: &mut mpsc::UnboundedReceiver<String>) -> io::Result<()> {
+    // Without one, whoever told us what to do has gone.
+    let line = lines.recv().await;
+    line.map(drop).ok_or(io::ErrorKind::UnexpectedEof.into())
 }
 
 /// Waits until all have told that they are done. Gives how many have not, long after they should have been.
