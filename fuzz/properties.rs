@@ -906,7 +906,26 @@ pub fn head(data: &[u8]) {
         assert_eq!(progress.has_ended(), ended);
         assert_eq!(progress.has_begun(), !is_blank(head));
     }
-    if !ended || head::check(head).is_err() {
+    // The parser under Pingora.
+    let mut room = [httparse::EMPTY_HEADER; head::MOST_LINES];
+    let mut request = httparse::Request::new(&mut room);
+    if !ended || request.parse(head).is_err() {
+        return;
+    }
+    let found = request.headers.iter();
+    let found: HeaderMap = found
+        .map(|header| {
+            let name = HeaderName::from_bytes(header.name.as_bytes()).expect("a token");
+            (
+                name,
+                HeaderValue::from_bytes(header.value).expect("a value"),
+            )
+        })
+        .fold(HeaderMap::new(), |mut all, (name, value)| {
+            all.append(name, value);
+            all
+        });
+    if head::check(head, &found).is_err() {
         return;
     }
     assert!(is_small);
@@ -937,18 +956,13 @@ pub fn head(data: &[u8]) {
         [(_, value)] => assert!(value.eq_ignore_ascii_case(b"chunked")),
         _ => panic!("two say where the body ends"),
     }
-    // The parser under Pingora, where it takes such a head, reads the same in it.
-    let mut room = [httparse::EMPTY_HEADER; head::MOST_LINES];
-    let mut request = httparse::Request::new(&mut room);
-    if let Ok(status) = request.parse(head) {
-        assert_eq!(status, httparse::Status::Complete(head.len()));
-        let read: Vec<_> = request
-            .headers
-            .iter()
-            .map(|header| (header.name.to_ascii_lowercase().into_bytes(), header.value))
-            .collect();
-        assert_eq!(read, headers);
-    }
+    // The parser reads the same in it.
+    let read: Vec<_> = request
+        .headers
+        .iter()
+        .map(|header| (header.name.to_ascii_lowercase().into_bytes(), header.value))
+        .collect();
+    assert_eq!(read, headers);
 }
 
 /// A token; or a change to a good one; or a JWK set, a 0, and a token.

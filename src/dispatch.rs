@@ -14,7 +14,7 @@ use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use pingora::{Error, ErrorSource, ErrorType, Result};
 
 use crate::config::Dispatch;
-use crate::downstream::{cut, head_is_read};
+use crate::downstream::{cut, head_is_read, peer_text};
 use crate::events::{self, Outcome};
 use crate::forward;
 use crate::gate::how;
@@ -396,7 +396,10 @@ fn peer_ip(session: &Session) -> Option<IpAddr> {
 /// Looks through the head as it came, before anybody acts on it.
 fn check_head(session: &Session) -> Result<(), HeadError> {
     match session.as_downstream().as_http1() {
-        Some(session) => head::check(&session.get_headers_raw_bytes()),
+        Some(http1) => head::check(
+            &http1.get_headers_raw_bytes(),
+            &session.req_header().headers,
+        ),
         None => Ok(()),
     }
 }
@@ -536,7 +539,7 @@ impl ProxyHttp for Dispatcher {
 
     async fn upstream_request_filter(
         &self,
-        session: &mut Session,
+        _session: &mut Session,
         request: &mut RequestHeader,
         ctx: &mut Ctx,
     ) -> Result<()> {
@@ -550,7 +553,7 @@ impl ProxyHttp for Dispatcher {
         if let Some(jwt) = &self.0.settings.identity.jwt {
             request.remove_header(&jwt.header);
         }
-        forward::request_head(request, peer_ip(session))
+        forward::request_head(request, peer_text().as_deref())
     }
 
     async fn response_filter(

@@ -60,6 +60,11 @@ pub fn cut() -> Arc<Notify> {
         .unwrap_or_default()
 }
 
+/// The address that the present connection comes from, as text: made once for all its requests.
+pub fn peer_text() -> Option<Arc<str>> {
+    CONNECTION.try_with(|head| head.peer.clone()).ok().flatten()
+}
+
 /// A server on connections that are held to limits.
 pub struct Front<A> {
     app: Arc<A>,
@@ -103,11 +108,15 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
         stream: Stream,
         shutdown: &ShutdownWatch,
     ) -> Option<Stream> {
-        let Some(_place) = self.enter(peer(&stream)) else {
+        let peer = peer(&stream);
+        let Some(_place) = self.enter(peer) else {
             dismiss(stream, &Refusal::TooManyConnections).await;
             return None;
         };
-        let head = Arc::new(Head::default());
+        let head = Arc::new(Head {
+            peer: peer.and_then(Peer::ip).map(|ip| ip.to_string().into()),
+            ..Head::default()
+        });
         head.state().deadline = Some(Box::pin(sleep(HEAD)));
         let guarded = Box::new(Guarded {
             stream: Some(stream),
@@ -164,6 +173,7 @@ async fn dismiss(mut stream: Stream, refusal: &Refusal) {
 /// What a connection and what serves it know of the present head.
 #[derive(Default)]
 struct Head {
+    peer: Option<Arc<str>>,
     /// Whether one is being read.
     reading: AtomicBool,
     /// Whether what came behind it waits for an answer.

@@ -1,7 +1,5 @@
 //! Passing on: the peer's options, and the headers out and back.
 
-use std::io::Write;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +16,8 @@ use crate::instance::{IDLE, peer};
 use crate::refuse::ERROR_HEADER;
 use crate::table::{Instance, unique};
 use crate::tunnel::live::Tunnel;
+
+static FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
 /// Headers that belong to one connection (RFC 9110, section 7.6.1), as far as Pingora leaves them in a response.
 static HOP_BY_HOP: [HeaderName; 7] = [
@@ -169,7 +169,7 @@ pub fn peer_for(
 ///
 /// # Errors
 /// When a header cannot be written.
-pub fn request_head(request: &mut RequestHeader, client: Option<IpAddr>) -> Result<()> {
+pub fn request_head(request: &mut RequestHeader, client: Option<&str>) -> Result<()> {
     // `GET http://host/path` asks for the same as `GET /path` with that Host; instances know only the latter.
     if let RawTargetAuthority::Absolute {
         authority,
@@ -190,14 +190,12 @@ pub fn request_head(request: &mut RequestHeader, client: Option<IpAddr>) -> Resu
         }
     }
     let Some(client) = client else { return Ok(()) };
-    let name = HeaderName::from_static("x-forwarded-for");
     let mut chain = Vec::with_capacity(64);
-    for value in request.headers.get_all(&name) {
+    for value in request.headers.get_all(&FORWARDED_FOR) {
         chain.extend_from_slice(value.as_bytes());
         chain.extend_from_slice(b", ");
     }
-    // Writing into memory does not fail.
-    let _ = write!(chain, "{client}");
+    chain.extend_from_slice(client.as_bytes());
     request.insert_header("X-Forwarded-For", chain)
 }
 

@@ -6,13 +6,15 @@ use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwapOption;
 use cookie::Cookie;
-use http::{HeaderMap, HeaderValue, Method, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
 use serde_json::Value;
 
 /// The name that every version before 0.0.29 uses, and later ones that are not bound to loopback.
 const PLAIN_NAME: &str = "t3_session";
 /// How the names begin that later versions on loopback use, followed by their port and twelve hex digits.
 const NAME_PREFIX: &str = "t3_session_";
+
+static FETCH_DEST: HeaderName = HeaderName::from_static("sec-fetch-dest");
 
 /// How long an instance that could not be asked for its cookie's name is left alone.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
@@ -74,10 +76,7 @@ fn may_be_session(name: &[u8]) -> bool {
 /// because a session died: the web UI's own calls need the instance's own answer.
 pub fn is_document_navigation(method: &Method, headers: &HeaderMap) -> bool {
     method == Method::GET
-        && match headers
-            .get("sec-fetch-dest")
-            .filter(|dest| !dest.is_empty())
-        {
+        && match headers.get(&FETCH_DEST).filter(|dest| !dest.is_empty()) {
             Some(dest) => dest == "document",
             None => accepts_html(headers),
         }
