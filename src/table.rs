@@ -432,7 +432,7 @@ impl BackgroundService for Watcher {
                     let users = current.load().len();
                     events::table_good(users);
                     if news {
-                        events::table_reloaded(users);
+                        events::table_reloaded(users, read_at.elapsed());
                     }
                 }
                 Err(error) => {
@@ -453,6 +453,35 @@ impl BackgroundService for Watcher {
                     };
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A request that lets go of a table which is no longer in force leaves it to the watcher to drop it.
+    #[tokio::test]
+    async fn no_request_drops_a_table() {
+        let base = tempfile::TempDir::new().unwrap();
+        let path = base.path().join("table.json");
+        std::fs::write(&path, r#"{"alice": {"os_user": "alice", "port": 3773}}"#).unwrap();
+        let tables = Arc::new(Tables::open(&path).unwrap());
+        let mut swaps = tables.swaps();
+        let watcher = Watcher::new(tables.clone(), Duration::from_secs(60));
+        let (_stop, shutdown) = watch::channel(false);
+        tokio::spawn(async move { watcher.start(shutdown).await });
+        let request = tables.current();
+        let old = Arc::downgrade(&request);
+        std::fs::write(&path, "{}").unwrap();
+        swaps.changed().await.unwrap();
+        drop(request);
+        assert!(old.upgrade().is_some());
+        let limit = Instant::now() + Duration::from_secs(20);
+        while old.upgrade().is_some() {
+            assert!(Instant::now() < limit);
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 }
