@@ -1,8 +1,8 @@
 //! A crowd of people before the dispatcher.
 //!
-//! `crowd ADDRESS USERS TUNNELS RATE CONNECTIONS` holds TUNNELS WebSockets of `user0`, `user1`, … to USERS, each with a message
-//! every five seconds, all of them spread evenly, and asks for a page RATE times a second over CONNECTIONS kept connections,
-//! for one person after the other in no order. A request is due at its time whether others have been answered or not, and its
+//! `crowd ADDRESS FIRST USERS TUNNELS RATE CONNECTIONS` holds TUNNELS WebSockets of USERS people, from `userFIRST` on, each with
+//! a message every five seconds, all of them spread evenly, and asks for a page RATE times a second over CONNECTIONS kept
+//! connections, for one person after the other in no order. A request is due at its time whether others have been answered or not, and its
 //! latency counts from then. It goes on until it is killed, and prints a line of JSON each second with what has happened in it;
 //! latencies are in microseconds, those of requests behind the milliseconds since 1970 at which they were due.
 
@@ -46,6 +46,7 @@ struct Told {
 
 struct Crowd {
     address: SocketAddr,
+    first: u64,
     users: u64,
     told: Mutex<Told>,
 }
@@ -64,7 +65,7 @@ impl Crowd {
     fn request(&self, user: u64, path: &str, more: &str) -> String {
         format!(
             "GET {path} HTTP/1.1\r\nHost: t3.example.com\r\nX-authentik-username: user{}\r\nCookie: t3_session=x\r\n{more}\r\n",
-            user % self.users
+            self.first + user % self.users
         )
     }
 
@@ -245,14 +246,20 @@ async fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let number = |place: usize| arguments.get(place)?.parse::<u64>().ok();
     let address = arguments.first().and_then(|text| text.parse().ok());
-    let (Some(address), Some(users), Some(tunnels), Some(rate), Some(connections)) =
-        (address, number(1), number(2), number(3), number(4))
-    else {
-        eprintln!("usage: crowd ADDRESS USERS TUNNELS RATE CONNECTIONS");
+    let (Some(address), Some(first), Some(users), Some(tunnels), Some(rate), Some(connections)) = (
+        address,
+        number(1),
+        number(2),
+        number(3),
+        number(4),
+        number(5),
+    ) else {
+        eprintln!("usage: crowd ADDRESS FIRST USERS TUNNELS RATE CONNECTIONS");
         std::process::exit(2);
     };
     let crowd = Arc::new(Crowd {
         address,
+        first,
         users,
         told: Mutex::default(),
     });
