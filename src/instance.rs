@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use pingora::connectors::ConnectorOptions;
 use pingora::connectors::http::v1::Connector;
 use pingora::http::RequestHeader;
 use pingora::prelude::HttpPeer;
@@ -18,6 +19,9 @@ const BODY_LIMIT: usize = 256 * 1024;
 /// How long an unused connection to an instance is kept. An instance closes it after five seconds, so it must be
 /// given up well before.
 pub const IDLE: Duration = Duration::from_millis(3500);
+
+/// Unused connections that a caller keeps.
+pub const KEPT: usize = 128;
 
 /// How long connecting over loopback may take.
 pub const CONNECT: Duration = Duration::from_secs(5);
@@ -46,7 +50,7 @@ pub struct Caller {
 impl Default for Caller {
     fn default() -> Self {
         Caller {
-            connector: Connector::new(None),
+            connector: Connector::new(Some(ConnectorOptions::new(KEPT))),
         }
     }
 }

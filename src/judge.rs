@@ -18,7 +18,7 @@ use crate::server::{Phase, phase};
 use crate::table::Instance;
 use crate::tunnel::live::{Record, witnesses};
 use crate::tunnel::{Ender, How};
-use crate::verdict::{self, Around, Leg, Rules, Verdict, Witness, is_talkative};
+use crate::verdict::{self, Around, Everybody, Leg, Rules, Verdict, Witness, is_talkative};
 
 /// How often it is looked for windows that have closed, and for what other processes have seen.
 const LOOK: Duration = Duration::from_millis(100);
@@ -42,8 +42,8 @@ const WAITING: usize = 20_000;
 #[derive(Debug, Default)]
 struct Docket {
     waiting: VecDeque<(Record, Millis)>,
-    /// Ends of late, to see who fell together.
-    recent: VecDeque<Witness>,
+    /// Whose tunnels have ended of late, to see who fell together.
+    recent: VecDeque<(String, Witness)>,
 }
 
 static DOCKET: Mutex<Docket> = Mutex::new(Docket {
@@ -55,13 +55,26 @@ static LAST_OPENED: AtomicI64 = AtomicI64::new(0);
 static REPLACED: AtomicBool = AtomicBool::new(false);
 
 impl Docket {
+    /// The drops whose windows have closed.
+    fn take_due(&mut self, now: Millis) -> Vec<(Record, Millis)> {
+        // Thousands may wait for half a minute, and are left in their places meanwhile.
+        if !self.waiting.iter().any(|(_, due)| is_due(*due, now)) {
+            return Vec::new();
+        }
+        let (due, waiting): (Vec<_>, Vec<_>) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition(|(_, due)| is_due(*due, now));
+        self.waiting = waiting.into();
+        due
+    }
+
     /// Forgets the ends that no drop needs any more.
     fn forget(&mut self, now: Millis) {
         let kept = SETTINGS.get().map_or(0, |(rules, ..)| {
             rules.window().as_millis() as Millis + for_legs(rules)
         });
         let old = now - kept - REMEMBERED;
-        let is_old = |end: &Witness| end.ended.is_some_and(|(at, _)| at < old);
+        let is_old = |(_, end): &(_, Witness)| end.ended.is_some_and(|(at, _)| at < old);
         while self.recent.front().is_some_and(is_old) {
             self.recent.pop_front();
         }
@@ -112,7 +125,8 @@ pub fn ended(record: Record, instance: Arc<Instance>) {
         docket.recent.pop_front();
     }
     if record.opened {
-        docket.recent.push_back(witness(&record, rules));
+        let witness = witness(&record, rules);
+        docket.recent.push_back((record.user.clone(), witness));
     }
     if record.verdict.is_some() {
         return;
@@ -201,11 +215,7 @@ impl BackgroundService for Judge {
             let due = {
                 let mut docket = docket();
                 docket.forget(now);
-                let (due, waiting): (Vec<_>, Vec<_>) = std::mem::take(&mut docket.waiting)
-                    .into_iter()
-                    .partition(|(_, due)| is_due(*due, now));
-                docket.waiting = waiting.into();
-                due
+                docket.take_due(now)
             };
             let away = if due.is_empty() { None } else { legs_away() };
             let (wait, due): (Vec<_>, Vec<_>) = due.into_iter().partition(|(record, due)| {
@@ -295,9 +305,9 @@ fn pronounce<'a>(records: impl Iterator<Item = &'a Record>) {
         let others = others.get_or_insert_with(|| Arc::new(everybody(rules)));
         let around = around(record, rules, edge, internal, others.clone());
         let verdict = verdict::judge(record, &around, rules);
-        let back = others
-            .iter()
-            .filter(|other| other.user == record.user && is_later(other, record, rules))
+        let own = others.get(&record.user).into_iter().flatten();
+        let back = own
+            .filter(|other| is_later(other, record, rules))
             .map(|other| (other.opened - record.ended()).max(0))
             .min();
         events::judged(&verdict);
@@ -312,9 +322,12 @@ fn is_later(other: &Witness, record: &Record, rules: &Rules) -> bool {
 }
 
 /// The tunnels that are open, and those that have ended of late.
-fn everybody(rules: &Rules) -> Vec<Witness> {
-    let mut everybody = witnesses(rules);
-    everybody.extend(docket().recent.iter().cloned());
+fn everybody(rules: &Rules) -> Everybody {
+    let recent: Vec<_> = docket().recent.iter().cloned().collect();
+    let mut everybody = Everybody::new();
+    for (user, witness) in witnesses(rules).into_iter().chain(recent) {
+        everybody.entry(user).or_default().push(witness);
+    }
     everybody
 }
 
@@ -323,7 +336,7 @@ fn around(
     rules: &Rules,
     edge: &str,
     internal: &str,
-    others: Arc<Vec<Witness>>,
+    others: Arc<Everybody>,
 ) -> Around {
     let ended = record.ended();
     let watchdog = rules.watchdog.as_millis() as Millis;
@@ -361,7 +374,6 @@ fn witness(record: &Record, rules: &Rules) -> Witness {
     let badly = record.ended_by == Some(Ender::Client)
         && (record.how != Some(How::Close) || record.verdict.is_none());
     Witness {
-        user: record.user.clone(),
         ip: record.ip.clone(),
         opened: ended - lived,
         heard: ended - silence,

@@ -22,8 +22,8 @@ use serde_json::Value;
 use crate::events;
 use crate::evidence::is_ours;
 
-/// Lines that may wait for the disk.
-const WAITING: usize = 4096;
+/// Lines that may wait for the disk: one for each tunnel and more, as all of them may end in one moment.
+const WAITING: usize = 1 << 15;
 
 /// A line, and whether it is evidence.
 type Line = (String, bool);

@@ -20,6 +20,7 @@ use crate::config::{Jwks, Listen, Settings};
 use crate::dispatch::{Dispatcher, requests_in_flight};
 use crate::downstream::{Front, LAST_ANSWERS, LastAnswers};
 use crate::events;
+use crate::instance::KEPT;
 use crate::judge::{self, Judge};
 use crate::jwt::{KeyError, Keys, Refresher, Tokens};
 use crate::ledger::{self, Ledger};
@@ -160,7 +161,12 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
         rules.watchdog * 2,
     );
     let tokens = keys.clone().map(Tokens::new);
-    let most = room(dispatch.max_connections as usize);
+    let pool = server.configuration.upstream_keepalive_pool_size;
+    let kept = pool.saturating_mul(server.configuration.threads);
+    let most = room(
+        dispatch.max_connections as usize,
+        kept.saturating_add(2 * KEPT),
+    );
     let dispatcher = Dispatcher::new(dispatch.clone(), tables.clone(), tokens, most);
     let front = Front::new(
         LastAnswers::new(http_proxy(&server.configuration, dispatcher)),
@@ -276,14 +282,18 @@ fn use_all_descriptors() {
     );
 }
 
-/// File descriptors for everything but connections.
-const OTHER_DESCRIPTORS: u64 = 256;
+/// File descriptors for everything but connections that have a place, and those to instances: the operator's, those that
+/// are refused, and what threads, files and mints take.
+const OTHER_DESCRIPTORS: usize = 512;
 
-/// How many connections there is room for: as many as wanted, if the file descriptors suffice for two each.
-fn room(wanted: usize) -> usize {
+/// How many connections there is room for: as many as wanted, if the file descriptors suffice for two each beside those of
+/// the connections to instances that are `kept`.
+fn room(wanted: usize, kept: usize) -> usize {
     let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let possible = descriptors.map_or(usize::MAX, |all| {
-        usize::try_from(all.saturating_sub(OTHER_DESCRIPTORS) / 2).unwrap_or(usize::MAX)
+        let all = usize::try_from(all).unwrap_or(usize::MAX);
+        // Where there are few, not all of the others will be wanted.
+        (all - kept.saturating_add(OTHER_DESCRIPTORS).min(all / 2)) / 2
     });
     if possible < wanted {
         events::settings_warning(&format!(

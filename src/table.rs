@@ -1,5 +1,6 @@
 //! Who has which instance: the dispatch table, read, checked as a whole, swapped at once, and watched.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -14,8 +15,8 @@ use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use pingora::server::ShutdownWatch;
 use pingora::services::background::BackgroundService;
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
-use serde_json::Value;
+use serde::Deserialize;
+use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use tokio::sync::{Notify, watch};
 
@@ -121,13 +122,13 @@ impl Table {
             .map_err(|error| TableError::NotAnObject(error.to_string()))?;
         let mut faults = Vec::new();
         let mut users = HashMap::with_capacity(entries.len());
-        let mut owners: HashMap<u16, (String, Arc<Instance>)> = HashMap::new();
-        let mut known: HashMap<u16, &Arc<Instance>> = old
-            .users
-            .values()
-            .map(|instance| (instance.port, instance))
-            .collect();
-        for (name, entry) in entries {
+        // By port: the first name, and the instance.
+        let mut owners = vec![None; 1 << 16];
+        let mut known = vec![None; 1 << 16];
+        for instance in old.users.values() {
+            known[usize::from(instance.port)] = Some(instance);
+        }
+        for (Text(name), entry) in &entries {
             let (os_user, port) = match read_entry(entry) {
                 Ok(entry) => entry,
                 Err(wrong) => {
@@ -135,12 +136,12 @@ impl Table {
                     continue;
                 }
             };
-            let (first, instance) = owners.entry(port).or_insert_with(|| {
-                let instance = match known.remove(&port) {
+            let (first, instance) = owners[usize::from(port)].get_or_insert_with(|| {
+                let instance = match known[usize::from(port)] {
                     Some(instance) if *instance.os_user == *os_user => instance.clone(),
                     _ => Arc::new(Instance::new(&os_user, port)),
                 };
-                (name.clone(), instance)
+                (name, instance)
             });
             if *instance.os_user != *os_user {
                 faults.push(format!(
@@ -149,12 +150,9 @@ impl Table {
                 ));
                 continue;
             }
-            let instance = instance.clone();
-            if users.contains_key(name.as_str()) {
+            if users.insert((**name).into(), instance.clone()).is_some() {
                 faults.push(format!("{name:?}: stands in the table twice"));
-                continue;
             }
-            users.insert(name.into_boxed_str(), instance);
         }
         if faults.is_empty() {
             Ok(Table { users })
@@ -199,34 +197,33 @@ fn read(path: &Path) -> Result<Vec<u8>, TableError> {
     std::fs::read(path).map_err(unreadable)
 }
 
-fn read_entry(entry: &RawValue) -> Result<(String, u16), Vec<String>> {
-    let Ok(Pairs::<Value>(fields)) = serde_json::from_str(entry.get()) else {
+fn read_entry(entry: &RawValue) -> Result<(Cow<'_, str>, u16), Vec<String>> {
+    let Ok(Pairs::<&RawValue>(fields)) = serde_json::from_str(entry.get()) else {
         return Err(vec![format!(
             ": {entry} is not an object such as {{\"os_user\": \"alice\", \"port\": 3773}}"
         )]);
     };
     let mut faults = Vec::new();
     let mut field = |key: &str| {
-        let mut values = fields.iter().filter(|(name, _)| name == key);
-        let value = values.next().map(|(_, value)| value.clone());
+        let mut values = fields.iter().filter(|(Text(name), _)| name == key);
+        let value = values.next().map_or("null", |(_, value)| value.get());
         if values.next().is_some() {
             faults.push(format!(".{key}: is given twice"));
         }
-        value.unwrap_or(Value::Null)
+        value
     };
     let (os_user, port) = (field("os_user"), field("port"));
-    let os_user = os_user
-        .as_str()
+    let os_user = serde_json::from_str(os_user)
+        .ok()
+        .map(|Text(name)| name)
         .filter(|name| is_os_user(name))
-        .map(str::to_owned)
         .ok_or_else(|| {
             faults.push(format!(
                 ".os_user: {os_user} is not the name of an OS user (^[a-z_][a-z0-9_-]{{0,31}}$)"
             ));
         });
-    let port = port
-        .as_u64()
-        .and_then(|port| u16::try_from(port).ok())
+    let port = serde_json::from_str(port)
+        .ok()
         .filter(|port| *port != 0)
         .ok_or_else(|| faults.push(format!(".port: {port} is not a port (1 to 65535)")));
     match (os_user, port) {
@@ -245,18 +242,22 @@ fn is_os_user(name: &str) -> bool {
         && bytes.all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-'))
 }
 
-/// A JSON object as it was written, so that a key given twice is seen.
-struct Pairs<V>(Vec<(String, V)>);
+/// A JSON string, in place where it has no escapes.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
-impl<'de, V: Deserialize<'de>> Deserialize<'de> for Pairs<V> {
+/// A JSON object as it was written, so that a key given twice is seen.
+struct Pairs<'a, V>(Vec<(Text<'a>, V)>);
+
+impl<'de, V: Deserialize<'de>> Deserialize<'de> for Pairs<'de, V> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Collect<V>(PhantomData<V>);
         impl<'de, V: Deserialize<'de>> Visitor<'de> for Collect<V> {
-            type Value = Pairs<V>;
+            type Value = Pairs<'de, V>;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
             }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Pairs<V>, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Pairs<'de, V>, A::Error> {
                 let mut pairs = Vec::new();
                 while let Some(pair) = map.next_entry()? {
                     pairs.push(pair);
@@ -399,11 +400,14 @@ impl BackgroundService for Watcher {
         let mut state = State::Good;
         let mut seen = None;
         let mut read_at = Instant::now();
+        let mut retired = Vec::new();
         loop {
             let asked = tokio::select! {
                 () = tokio::time::sleep(LOOK) => false,
                 () = asked.notified() => true,
             };
+            // Whoever lets go of a large table last is busy for a while, and that is never a request.
+            retired.retain(|table| Arc::strong_count(table) > 1);
             let look = Look::at(path);
             let settled = seen.as_ref() == Some(&look);
             let due = asked || look.is_fresh() || read_at.elapsed() >= self.poll;
@@ -420,7 +424,7 @@ impl BackgroundService for Watcher {
                 Ok(changed) => {
                     let news = asked || changed.is_some() || matches!(state, State::Bad(_));
                     if let Some((table, hash)) = changed {
-                        current.store(Arc::new(table));
+                        retired.push(current.swap(Arc::new(table)));
                         swaps.send_replace(());
                         in_force = hash;
                     }
@@ -428,7 +432,7 @@ impl BackgroundService for Watcher {
                     let users = current.load().len();
                     events::table_good(users);
                     if news {
-                        events::table_reloaded(users);
+                        events::table_reloaded(users, read_at.elapsed());
                     }
                 }
                 Err(error) => {
@@ -449,6 +453,35 @@ impl BackgroundService for Watcher {
                     };
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A request that lets go of a table which is no longer in force leaves it to the watcher to drop it.
+    #[tokio::test]
+    async fn no_request_drops_a_table() {
+        let base = tempfile::TempDir::new().unwrap();
+        let path = base.path().join("table.json");
+        std::fs::write(&path, r#"{"alice": {"os_user": "alice", "port": 3773}}"#).unwrap();
+        let tables = Arc::new(Tables::open(&path).unwrap());
+        let mut swaps = tables.swaps();
+        let watcher = Watcher::new(tables.clone(), Duration::from_secs(60));
+        let (_stop, shutdown) = watch::channel(false);
+        tokio::spawn(async move { watcher.start(shutdown).await });
+        let request = tables.current();
+        let old = Arc::downgrade(&request);
+        std::fs::write(&path, "{}").unwrap();
+        swaps.changed().await.unwrap();
+        drop(request);
+        assert!(old.upgrade().is_some());
+        let limit = Instant::now() + Duration::from_secs(20);
+        while old.upgrade().is_some() {
+            assert!(Instant::now() < limit);
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 }

@@ -604,10 +604,10 @@ pub fn table_good(users: usize) {
     METRICS.table_good.set(now.as_secs_f64());
 }
 
-/// A changed table is in force, or somebody asked for it to be read again.
-pub fn table_reloaded(users: usize) {
+/// A changed table is in force, or somebody asked for it to be read again, which took so long.
+pub fn table_reloaded(users: usize, took: Duration) {
     METRICS.table_reloads.with_label_values(&["ok"]).inc();
-    info!("table-reloaded users={users}");
+    info!("table-reloaded users={users} dur_ms={}", millis(took));
 }
 
 /// The table's file is bad; the last good table stays in force.

@@ -226,7 +226,10 @@ impl Tunnel {
         let mut record = Record::new(&self.about, key, &facts, order, gap);
         if facts.opened && record.cause != Cause::Graceful {
             let mut gaps = lock(&GAPS);
-            gaps.retain(|_, at| at.elapsed() < GAP);
+            // Before it has to grow, so that it costs nothing where thousands end together.
+            if gaps.len() == gaps.capacity() {
+                gaps.retain(|_, at| at.elapsed() < GAP);
+            }
             gaps.insert(
                 (self.about.user.clone(), self.about.ip.clone()),
                 Instant::now(),
@@ -261,8 +264,8 @@ pub fn instances() -> Vec<Arc<Instance>> {
     instances
 }
 
-/// What the open tunnels show of their people's connections.
-pub fn witnesses(rules: &Rules) -> Vec<Witness> {
+/// What the open tunnels show of their people's connections, and who these are.
+pub fn witnesses(rules: &Rules) -> Vec<(String, Witness)> {
     let (now, at) = (Instant::now(), evidence::now());
     let since =
         |instant: Instant| at - now.saturating_duration_since(instant).as_millis() as Millis;
@@ -270,8 +273,7 @@ pub fn witnesses(rules: &Rules) -> Vec<Witness> {
         let state = lock(&tunnel.state);
         let (heard, gap) = state.sensor.client_heard();
         let (heard, gap) = (since(heard), gap.map(|(from, to)| (since(from), since(to))));
-        state.sensor.opened().then(|| Witness {
-            user: tunnel.about.user.clone(),
+        let witness = state.sensor.opened().then(|| Witness {
             ip: tunnel.about.ip.clone(),
             opened: tunnel.asked,
             heard,
@@ -282,7 +284,8 @@ pub fn witnesses(rules: &Rules) -> Vec<Witness> {
                 rules,
             ),
             ended: None,
-        })
+        });
+        witness.map(|witness| (tunnel.about.user.clone(), witness))
     };
     live().into_iter().filter_map(witness).collect()
 }

@@ -9,6 +9,7 @@ mod leg;
 mod tests;
 mod weigh;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -164,8 +165,8 @@ pub struct Around {
     pub lags: Vec<(Millis, Millis)>,
     /// What the host's tasks waited for around the end, in words.
     pub pressure: Vec<String>,
-    /// The tunnels of other people.
-    pub others: Arc<Vec<Witness>>,
+    /// Everybody's tunnels.
+    pub others: Arc<Everybody>,
     /// Whether somebody has come in over the same way since, while the legs were away.
     pub opened_since: bool,
     /// When this is judged.
@@ -183,11 +184,12 @@ pub struct Leg {
     pub stood: Vec<(Millis, Millis)>,
 }
 
-/// Another person's tunnel.
+/// The tunnels of each person.
+pub type Everybody = HashMap<String, Vec<Witness>>;
+
+/// A tunnel, for what it shows of its person's connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Witness {
-    /// Whose it is.
-    pub user: String,
     /// Where they come from.
     pub ip: String,
     /// When it was opened.
@@ -320,10 +322,9 @@ fn closed_gap(record: &Record, rules: &Rules) -> Option<(Millis, Millis)> {
 /// Whether the person had another tunnel right after this one.
 fn came_back(record: &Record, around: &Around, rules: &Rules) -> bool {
     let end = record.ended();
-    around.others.iter().any(|other| {
-        other.user == record.user
-            && other.ip == record.ip
-            && (end..=end + rules.watchdog()).contains(&other.opened)
+    let own = around.others.get(&record.user);
+    own.into_iter().flatten().any(|other| {
+        other.ip == record.ip && (end..=end + rules.watchdog()).contains(&other.opened)
     })
 }
 

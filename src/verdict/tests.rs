@@ -131,20 +131,24 @@ fn clean() -> Around {
     around(well("cloudflare"), well("internal"))
 }
 
-fn witness(user: &str, heard: Millis, ended: Option<Millis>) -> Witness {
-    Witness {
-        user: user.into(),
+fn witness(user: &str, heard: Millis, ended: Option<Millis>) -> (String, Witness) {
+    let witness = Witness {
         ip: format!("203.0.113.{}", user.len()),
         opened: END - 1_000_000,
         heard: END + heard,
         gap: None,
         talkative: true,
         ended: ended.map(|at| (END + at, true)),
-    }
+    };
+    (user.into(), witness)
 }
 
-fn with(mut around: Around, others: Vec<Witness>) -> Around {
-    around.others = Arc::new(others);
+fn with(mut around: Around, others: Vec<(String, Witness)>) -> Around {
+    let mut everybody = Everybody::new();
+    for (user, witness) in others {
+        everybody.entry(user).or_default().push(witness);
+    }
+    around.others = Arc::new(everybody);
     around
 }
 
@@ -193,11 +197,11 @@ fn a_private_code_is_a_drop_if_the_client_comes_back() {
     assert_eq!(at_once(&closed(4000), &rules()), None);
     is(&closed(4000), &clean(), NOBODY);
     let mut back = witness("alice", 5000, None);
-    (back.opened, back.ip) = (END + 3000, "203.0.113.1".into());
+    (back.1.opened, back.1.ip) = (END + 3000, "203.0.113.1".into());
     is(&closed(4000), &with(clean(), vec![back.clone()]), LastMile);
     is(&closed(1000), &with(clean(), vec![back.clone()]), NOBODY);
     is(&closed(1001), &with(clean(), vec![back.clone()]), NOBODY);
-    back.opened = END + 60_000;
+    back.1.opened = END + 60_000;
     is(&closed(4000), &with(clean(), vec![back]), NOBODY);
     // A leg that was cut is no reason to say goodbye.
     is(
@@ -236,7 +240,7 @@ fn a_silence_that_was_over_colours_nothing() {
     is(&record, &healed(), NOBODY);
     // Nor has anybody broken off who had the same silence and is there still.
     let mut bob = witness("bob", 20_000, None);
-    bob.gap = Some((END - 30_000, END - 12_000));
+    bob.1.gap = Some((END - 30_000, END - 12_000));
     let verdict = is(&silent(47_000), &with(clean(), vec![bob]), LastMile);
     assert!(
         !verdict.evidence.join(" ").contains("broke off"),
@@ -520,7 +524,7 @@ fn other_people_are_witnesses() {
     let mut office = fell(3);
     office
         .iter_mut()
-        .for_each(|other| other.ip = "203.0.113.1".into());
+        .for_each(|(_, other)| other.ip = "203.0.113.1".into());
     is(&cut(), &with(clean(), office), LastMile);
     // The same person's other tab is no other person.
     is(

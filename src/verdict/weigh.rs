@@ -15,17 +15,18 @@ pub(super) fn weigh(
     edge: Says,
     internal: Says,
 ) -> Verdict {
-    let (fell, lived) = company(record, around, rules, break_);
+    let Company {
+        fell,
+        elsewhere,
+        lived,
+    } = company(record, around, rules, break_);
     let mut evidence = vec![how_it_ended(record, break_)];
     let people = |count: usize| match count {
         1 => "1 other person".to_owned(),
         count => format!("{count} other people"),
     };
-    if !fell.is_empty() {
-        evidence.push(format!(
-            "{} broke off at the same moment",
-            people(fell.len())
-        ));
+    if fell > 0 {
+        evidence.push(format!("{} broke off at the same moment", people(fell)));
     }
     if lived > 0 {
         evidence.push(format!("{} stayed connected", people(lived)));
@@ -38,13 +39,13 @@ pub(super) fn weigh(
     match (edge, internal) {
         (Says::Broke(edge, kind), Says::Clean) => {
             evidence.extend([edge, clean(&around.internal)]);
-            if kind == Kind::Cut && lived > 0 && fell.is_empty() {
+            if kind == Kind::Cut && lived > 0 && fell == 0 {
                 return unknown(
                     evidence,
                     "that contradicts itself: the leg broke and other people did not".into(),
                 );
             }
-            let confidence = if fell.is_empty() {
+            let confidence = if fell == 0 {
                 Confidence::Medium
             } else {
                 Confidence::High
@@ -76,7 +77,7 @@ pub(super) fn weigh(
                 return unknown(evidence, why);
             }
             evidence.push("the instance answered all the while".into());
-            let confidence = if fell.is_empty() {
+            let confidence = if fell == 0 {
                 Confidence::Medium
             } else {
                 Confidence::High
@@ -88,8 +89,7 @@ pub(super) fn weigh(
                 "the legs {} and {} were clean at that moment",
                 around.edge.name, around.internal.name
             ));
-            let elsewhere = fell.iter().any(|ip| *ip != record.ip);
-            if lived == 0 && fell.len() >= 2 && elsewhere {
+            if lived == 0 && fell >= 2 && elsewhere {
                 return unknown(
                     evidence,
                     "that contradicts itself: so many people at once have something in common, which no leg has felt"
@@ -123,50 +123,50 @@ pub(super) fn weigh(
     }
 }
 
-/// Who else broke off in the same moment, by address, one for each person; and how many others lived through it.
-fn company<'a>(
-    record: &Record,
-    around: &'a Around,
-    rules: &Rules,
-    break_: &Break,
-) -> (Vec<&'a str>, usize) {
-    let (mut fell, mut lived): (Vec<(&str, &str)>, Vec<&str>) = Default::default();
-    let slack = rules.slack();
-    for other in around
-        .others
-        .iter()
-        .filter(|other| other.user != record.user)
-    {
-        if other.opened > break_.from {
-            continue;
+/// The other people.
+#[derive(Debug, Default)]
+struct Company {
+    /// How many broke off in the same moment.
+    fell: usize,
+    /// Whether one of them came from another address.
+    elsewhere: bool,
+    /// How many others lived through it.
+    lived: usize,
+}
+
+/// What became of the other people. Where thousands fall together, this looks at all of them for each.
+fn company(record: &Record, around: &Around, rules: &Rules, break_: &Break) -> Company {
+    let (ended, slack) = (record.ended(), rules.slack());
+    let mut company = Company::default();
+    let others = around.others.iter();
+    for (_, tunnels) in others.filter(|(user, _)| **user != record.user) {
+        let (mut fell, mut lived) = (false, false);
+        for other in tunnels.iter().filter(|other| other.opened <= break_.from) {
+            let silent_since_then = other.talkative
+                && other.heard <= break_.to
+                && other.heard >= break_.from - rules.heartbeat()
+                && around.now - other.heard >= rules.heartbeat() * 5 / 2;
+            let gap_then = other.gap.is_some_and(|(from, _)| {
+                from >= break_.from - rules.heartbeat() && from <= break_.to
+            });
+            // Who had the same silence and has borne it neither fell nor says that nothing was.
+            if gap_then && !other.ended.is_some_and(|(_, badly)| badly) {
+                continue;
+            }
+            let ended_then = other.ended.is_some_and(|(at, badly)| {
+                badly && (at - ended).abs() <= slack.max(rules.heartbeat() / 2)
+            });
+            if ended_then || silent_since_then || gap_then {
+                fell = true;
+                company.elsewhere |= other.ip != record.ip;
+            } else if other.heard > break_.to + slack {
+                lived = true;
+            }
         }
-        let silent_since_then = other.talkative
-            && other.heard <= break_.to
-            && other.heard >= break_.from - rules.heartbeat()
-            && around.now - other.heard >= rules.heartbeat() * 5 / 2;
-        let gap_then = other
-            .gap
-            .is_some_and(|(from, _)| from >= break_.from - rules.heartbeat() && from <= break_.to);
-        // Who had the same silence and has borne it neither fell nor says that nothing was.
-        if gap_then && !other.ended.is_some_and(|(_, badly)| badly) {
-            continue;
-        }
-        let ended_then = other.ended.is_some_and(|(at, badly)| {
-            badly && (at - record.ended()).abs() <= slack.max(rules.heartbeat() / 2)
-        });
-        let user = other.user.as_str();
-        if ended_then || silent_since_then || gap_then {
-            fell.push((user, &other.ip));
-        } else if other.heard > break_.to + slack {
-            lived.push(user);
-        }
+        company.fell += usize::from(fell);
+        company.lived += usize::from(lived && !fell);
     }
-    lived.retain(|user| !fell.iter().any(|(fallen, _)| fallen == user));
-    lived.sort_unstable();
-    lived.dedup();
-    fell.sort_unstable();
-    fell.dedup_by_key(|(user, _)| *user);
-    (fell.into_iter().map(|(_, ip)| ip).collect(), lived.len())
+    company
 }
 
 pub(super) fn how_it_ended(record: &Record, break_: &Break) -> String {

@@ -349,3 +349,38 @@ async fn a_moved_person_reaches_the_new_instance() {
     assert_eq!(mint::count(world.base(), "bob"), 1);
     assert_eq!(world.mints(), 0);
 }
+
+/// A table of 100,000 names is read beside the requests: the one thread that they have goes on answering meanwhile.
+#[tokio::test]
+async fn requests_go_on_while_a_large_table_is_read() {
+    let world = World::with(|mut setup| {
+        setup.top["threads"] = 1.into();
+        setup
+    })
+    .await;
+    let session = world.bob.new_session();
+    let mut table = json!({ "bob": { "os_user": "bob", "port": world.bob.port() } });
+    let free = (1024..=u16::MAX).filter(|port| *port != world.bob.port());
+    for (user, port) in free.cycle().take(99_999).enumerate() {
+        table[format!("user{user}")] = json!({ "os_user": format!("os{port}"), "port": port });
+    }
+    world.dispatcher.write_table(&table);
+    let mut answered = Vec::new();
+    let line = loop {
+        let reply = world
+            .dispatcher
+            .get("bob", "/__test/next", &[("Cookie", &session)])
+            .await;
+        assert_eq!((reply.status, reply.text().as_str()), (200, "next\n"));
+        answered.push(Instant::now());
+        if let Some(line) = world.dispatcher.logged("table-reloaded users=100000").pop() {
+            break line;
+        }
+    };
+    let took = line.split("dur_ms=").nth(1).unwrap().parse().unwrap();
+    let took = Duration::from_millis(took);
+    let end = *answered.last().unwrap();
+    // What was answered just before the line was seen may have been answered after the reading.
+    let meanwhile = |at: &&Instant| (took / 4..took).contains(&(end - **at));
+    assert!(answered.iter().filter(meanwhile).count() > 5, "{line}");
+}
