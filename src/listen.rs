@@ -13,8 +13,9 @@ use pingora::listeners::{L4BufferSettings, ListenerConfig, TcpSocketOptions};
 use crate::config::{Dispatch, Listen};
 use crate::forward::keepalive;
 
-/// Read buffer of a client's connection. Pingora's default of 64 KiB is kept by every idle WebSocket.
-const READ_BUFFER: usize = 4096;
+/// Read buffer of a client's connection: none. It is of use under TLS; here it would copy what comes once more, and every idle
+/// WebSocket would keep one.
+const READ_BUFFER: usize = 0;
 
 /// Why one cannot listen.
 #[derive(Debug, thiserror::Error)]

@@ -7,8 +7,8 @@ mod evidence;
 
 use std::fmt;
 use std::path::Path;
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{LazyLock, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use http::StatusCode;
@@ -279,6 +279,9 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// How many there are.
+    const ALL: usize = Outcome::Aborted as usize + 1;
+
     fn label(self) -> &'static str {
         match self {
             Outcome::Health => "health",
@@ -293,17 +296,23 @@ impl Outcome {
     }
 }
 
-/// The class of a status as a label; `none` where no response was sent.
-fn class(status: Option<StatusCode>) -> &'static str {
-    match status.map(|status| status.as_u16() / 100) {
-        Some(1) => "1xx",
-        Some(2) => "2xx",
-        Some(3) => "3xx",
-        Some(4) => "4xx",
-        Some(5) => "5xx",
-        _ => "none",
-    }
+/// The classes of a status, as labels; the first where no response was sent.
+const CLASSES: [&str; 6] = ["none", "1xx", "2xx", "3xx", "4xx", "5xx"];
+
+/// The place in `CLASSES` of a status.
+fn class(status: Option<StatusCode>) -> usize {
+    let class = status.map_or(0, |status| usize::from(status.as_u16() / 100));
+    if class < CLASSES.len() { class } else { 0 }
 }
+
+/// The series that every request counts in, so that none need be looked up twice. They appear when they are first of use.
+#[derive(Default)]
+struct Found {
+    requests: [[OnceLock<IntCounter>; CLASSES.len()]; Outcome::ALL],
+    first_byte: [OnceLock<Histogram>; CLASSES.len()],
+}
+
+static FOUND: LazyLock<Found> = LazyLock::new(Found::default);
 
 /// A value on a log line: quoted where it could be taken for more than one word or break the line, and cut where it is
 /// longer than any name.
@@ -385,17 +394,18 @@ pub fn stopped(in_flight: usize) {
 
 /// A request is over.
 pub fn request(outcome: Outcome, status: Option<StatusCode>) {
-    METRICS
-        .requests
-        .with_label_values(&[outcome.label(), class(status)])
+    let class = class(status);
+    let labels = [outcome.label(), CLASSES[class]];
+    FOUND.requests[outcome as usize][class]
+        .get_or_init(|| METRICS.requests.with_label_values(&labels))
         .inc();
 }
 
 /// The head of a proxied response has come.
 pub fn first_byte(status: StatusCode, after: Duration) {
-    METRICS
-        .first_byte
-        .with_label_values(&[class(Some(status))])
+    let class = class(Some(status));
+    FOUND.first_byte[class]
+        .get_or_init(|| METRICS.first_byte.with_label_values(&[CLASSES[class]]))
         .observe(after.as_secs_f64());
 }
 
