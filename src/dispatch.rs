@@ -36,9 +36,6 @@ use crate::tunnel::live::{self, About, Order, Tunnel};
 use crate::tunnel::{How, Side};
 use crate::verdict::Rules;
 
-/// How long a client's unused connection is kept. Pingora would keep it for ever after its first request.
-const KEEPALIVE_SECONDS: u64 = 75;
-
 /// The dispatcher, as Pingora calls it.
 pub struct Dispatcher(Arc<Inner>);
 
@@ -485,12 +482,9 @@ impl ProxyHttp for Dispatcher {
     fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
 
     async fn early_request_filter(&self, session: &mut Session, _ctx: &mut Ctx) -> Result<()> {
-        let tunnel = forward::is_websocket(session.req_header());
+        let upgrade = session.req_header().headers.contains_key(header::UPGRADE);
+        let tunnel = upgrade && forward::is_websocket(session.req_header());
         head_is_read(tunnel);
-        // `Some(0)` is what Pingora makes of a client that may keep its connection: for ever.
-        if session.get_keepalive() == Some(0) {
-            session.set_keepalive(Some(KEEPALIVE_SECONDS));
-        }
         // Neither an upload that pauses nor a silent WebSocket is ended by us.
         session.set_read_timeout(None);
         // HTTP/1.0 knows no interim responses.
@@ -507,10 +501,10 @@ impl ProxyHttp for Dispatcher {
         }
         session.set_pipelining_enabled(!tunnel);
         // Whoever asks for a tunnel, or for half of one, may take what follows for the tunnel's.
-        if session.req_header().headers.contains_key(header::UPGRADE) {
+        if upgrade {
             session.set_keepalive(None);
         }
-        if !tunnel {
+        if upgrade && !tunnel {
             // Pingora would make a tunnel of less than a whole WebSocket handshake.
             session.req_header_mut().remove_header(&header::UPGRADE);
         }

@@ -20,7 +20,7 @@ use pingora::proxy::HttpProxy;
 use pingora::server::ShutdownWatch;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::sync::{Notify, Semaphore};
-use tokio::time::{Sleep, sleep, timeout};
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 
 use crate::config::Identity;
 use crate::dispatch::Dispatcher;
@@ -33,6 +33,9 @@ use crate::room::Room;
 
 /// How long a head may take, from its first byte; of a new connection, from its beginning.
 const HEAD: Duration = Duration::from_secs(15);
+
+/// How long a client's connection is kept without a request, once there was one.
+const UNUSED: Duration = Duration::from_secs(75);
 
 /// How long a process that was replaced answers on the connections that clients keep with it, each answer being the last
 /// one, before it closes those that are unused.
@@ -113,11 +116,7 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
             dismiss(stream, &Refusal::TooManyConnections).await;
             return None;
         };
-        let head = Arc::new(Head {
-            peer: peer.and_then(Peer::ip).map(|ip| ip.to_string().into()),
-            ..Head::default()
-        });
-        head.state().deadline = Some(Box::pin(sleep(HEAD)));
+        let head = Arc::new(Head::new(peer));
         let guarded = Box::new(Guarded {
             stream: Some(stream),
             head: head.clone(),
@@ -171,8 +170,8 @@ async fn dismiss(mut stream: Stream, refusal: &Refusal) {
 }
 
 /// What a connection and what serves it know of the present head.
-#[derive(Default)]
 struct Head {
+    /// The address that the connection comes from.
     peer: Option<Arc<str>>,
     /// Whether one is being read.
     reading: AtomicBool,
@@ -183,23 +182,69 @@ struct Head {
     cut: Arc<Notify>,
 }
 
-#[derive(Default)]
 struct State {
     progress: Progress,
-    /// When the head has to be there. What counts the time between requests is Pingora.
-    deadline: Option<Pin<Box<Sleep>>>,
+    /// Since when it is waited for; from its first byte on, since that.
+    since: Instant,
+    /// Whether there was one before it.
+    used: bool,
+    /// Wakes who waits for it when it should be there, or earlier: it is not set anew for each.
+    alarm: Option<Pin<Box<Sleep>>>,
     refusal: Option<Refusal>,
     left: Option<Stream>,
 }
 
+impl State {
+    /// Whether the head should have been there by now; if not, the task is woken when it should.
+    fn is_late(&mut self, cx: &mut Context<'_>) -> bool {
+        let unused = self.used && !self.progress.has_begun();
+        let due = self.since + if unused { UNUSED } else { HEAD };
+        let mut alarm = self
+            .alarm
+            .get_or_insert_with(|| Box::pin(sleep_until(due)))
+            .as_mut();
+        if alarm.deadline() > due {
+            alarm.as_mut().reset(due);
+        }
+        while alarm.as_mut().poll(cx).is_ready() {
+            if alarm.deadline() >= due {
+                return true;
+            }
+            alarm.as_mut().reset(due);
+        }
+        false
+    }
+}
+
 impl Head {
+    fn new(peer: Option<Peer>) -> Head {
+        Head {
+            peer: peer.and_then(Peer::ip).map(|ip| ip.to_string().into()),
+            reading: AtomicBool::new(false),
+            waiting: AtomicBool::new(false),
+            state: Mutex::new(State {
+                progress: Progress::default(),
+                since: Instant::now(),
+                used: false,
+                alarm: None,
+                refusal: None,
+                left: None,
+            }),
+            cut: Arc::default(),
+        }
+    }
+
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A head is to be read.
     fn expect(&self) {
-        self.state().progress = Progress::default();
+        let mut state = self.state();
+        state.progress = Progress::default();
+        if state.used {
+            state.since = Instant::now();
+        }
         self.reading.store(true, Ordering::Relaxed);
     }
 
@@ -207,7 +252,12 @@ impl Head {
     fn is_read(&self, tunnel: bool) {
         self.waiting.store(tunnel, Ordering::Relaxed);
         self.reading.store(false, Ordering::Relaxed);
-        self.state().deadline = None;
+        let mut state = self.state();
+        state.used = true;
+        if tunnel {
+            // Nothing comes after it.
+            state.alarm = None;
+        }
     }
 
     fn refuse(&self, mut state: std::sync::MutexGuard<'_, State>, refusal: Refusal) {
@@ -296,8 +346,12 @@ impl AsyncRead for Guarded {
             }
             // Behind the end that everybody else sees, Pingora would ask for more.
             let ended = state.progress.has_ended();
+            let begun = state.progress.has_begun();
             match state.progress.add(came) {
                 Ok(length) if !ended => {
+                    if state.used && !begun && !state.progress.has_ended() {
+                        state.since = Instant::now();
+                    }
                     let mut rest = BytesMut::from(&came[length..]);
                     rest.unsplit(std::mem::take(&mut self.rest));
                     self.rest = rest;
@@ -310,18 +364,10 @@ impl AsyncRead for Guarded {
             buf.set_filled(before);
             return Poll::Pending;
         }
-        let begun = state.progress.has_begun();
-        if begun && state.deadline.is_none() {
-            state.deadline = Some(Box::pin(sleep(HEAD)));
-        }
-        let over = state
-            .deadline
-            .as_mut()
-            .is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready());
-        if !over {
+        if !state.is_late(cx) {
             return Poll::Pending;
         }
-        if begun {
+        if state.progress.has_begun() {
             head.refuse(state, Refusal::HeadTooSlow);
             Poll::Pending
         } else {
