@@ -909,26 +909,9 @@ pub fn head(data: &[u8]) {
     // The parser under Pingora.
     let mut room = [httparse::EMPTY_HEADER; head::MOST_LINES];
     let mut request = httparse::Request::new(&mut room);
-    if !ended || request.parse(head).is_err() {
+    if !ended || !fits || request.parse(head).is_err() || head::check(head).is_err() {
         return;
     }
-    let found = request.headers.iter();
-    let found: HeaderMap = found
-        .map(|header| {
-            let name = HeaderName::from_bytes(header.name.as_bytes()).expect("a token");
-            (
-                name,
-                HeaderValue::from_bytes(header.value).expect("a value"),
-            )
-        })
-        .fold(HeaderMap::new(), |mut all, (name, value)| {
-            all.append(name, value);
-            all
-        });
-    if head::check(head, &found).is_err() {
-        return;
-    }
-    assert!(is_small);
     let text = head.strip_suffix(b"\r\n\r\n").expect("two ends of lines");
     let mut lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').collect();
     lines.retain(|line| *line != b"\r");

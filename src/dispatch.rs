@@ -393,10 +393,7 @@ fn peer_ip(session: &Session) -> Option<IpAddr> {
 /// Looks through the head as it came, before anybody acts on it.
 fn check_head(session: &Session) -> Result<(), HeadError> {
     match session.as_downstream().as_http1() {
-        Some(http1) => head::check(
-            &http1.get_headers_raw_bytes(),
-            &session.req_header().headers,
-        ),
+        Some(session) => head::check(&session.get_headers_raw_bytes()),
         None => Ok(()),
     }
 }

@@ -4,8 +4,6 @@
 //! of one person's request to the edge might become another person's request here. So whatever is not beyond doubt is
 //! refused, and the connection closed.
 
-use http::{HeaderMap, header};
-
 /// The longest head, in bytes.
 pub const MOST_BYTES: usize = 64 * 1024;
 
@@ -18,7 +16,7 @@ pub enum HeadError {
     /// It is longer than a head may be, in bytes or in lines.
     #[error("the head is larger than {} KiB or {MOST_LINES} lines", MOST_BYTES / 1024)]
     TooLarge,
-    /// A line ends with LF alone.
+    /// A line ends with LF alone, or holds a CR.
     #[error("a line of the head does not end as it should")]
     LineEnding,
     /// The request line is not three words.
@@ -29,36 +27,46 @@ pub enum HeadError {
     Framing,
 }
 
-/// Looks through a whole head, the request line and the empty line at its end included, and the headers that Pingora's parser
-/// has found in it. That parser (httparse, strict as it is for requests) takes nothing but tokens for names, no control
-/// characters in values and no line that continues another; but it takes LF for CR LF, and where the body ends it leaves to
-/// others.
+/// Looks through a whole head that Pingora's parser has taken. That parser (httparse, strict as it is for requests) takes
+/// nothing but tokens for names, with the colon right behind them, no control characters in values, and no line that continues
+/// another; but it takes LF for CR LF, and Pingora then settles by itself what contradicts itself.
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn check(head: &[u8], headers: &HeaderMap) -> Result<(), HeadError> {
-    if head.len() > MOST_BYTES || headers.len() > MOST_LINES {
-        return Err(HeadError::TooLarge);
+pub fn check(head: &[u8]) -> Result<(), HeadError> {
+    let (mut lines, mut framings) = (0, 0);
+    for end in memchr::memchr_iter(b'\n', head) {
+        if end == 0 || head[end - 1] != b'\r' {
+            return Err(HeadError::LineEnding);
+        }
+        lines += 1;
+        let line = &head[end + 1..];
+        // Most lines can be told by their first letter.
+        let is_clear = match line.first() {
+            Some(b'c' | b'C') => value(line, b"content-length:")
+                .map(|length| !length.is_empty() && length.iter().all(u8::is_ascii_digit)),
+            Some(b't' | b'T') => value(line, b"transfer-encoding:")
+                .map(|coding| coding.eq_ignore_ascii_case(b"chunked")),
+            _ => None,
+        };
+        framings += usize::from(is_clear.is_some());
+        if is_clear == Some(false) || framings > 1 {
+            return Err(HeadError::Framing);
+        }
     }
-    // The parser takes no CR but before LF, so that as many of both are in pairs.
-    let count = |byte| memchr::memchr_iter(byte, head).count();
-    if count(b'\r') != count(b'\n') {
+    if memchr::memchr_iter(b'\r', head).count() != lines {
         return Err(HeadError::LineEnding);
     }
-    let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
-    let mut codings = headers.get_all(header::TRANSFER_ENCODING).iter();
-    let is_clear = match (lengths.next(), codings.next()) {
-        (None, None) => true,
-        (Some(length), None) => {
-            !length.is_empty() && length.as_bytes().iter().all(u8::is_ascii_digit)
-        }
-        (None, Some(coding)) => coding.as_bytes().eq_ignore_ascii_case(b"chunked"),
-        (Some(_), Some(_)) => false,
-    };
-    if !is_clear || lengths.next().is_some() || codings.next().is_some() {
-        return Err(HeadError::Framing);
-    }
     Ok(())
+}
+
+/// The value in a line, if it begins with that name and colon.
+fn value<'a>(line: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
+    let (begin, rest) = line.split_at_checked(name.len())?;
+    let end = memchr::memchr(b'\r', rest).unwrap_or(rest.len());
+    begin
+        .eq_ignore_ascii_case(name)
+        .then(|| rest[..end].trim_ascii())
 }
 
 /// Counts a head while it comes in, so that one without an end is not kept until it has filled the memory.
@@ -143,23 +151,14 @@ fn is_blank(line: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use http::{HeaderName, HeaderValue};
     use proptest::prelude::*;
 
     /// What is wrong with a head, and `None` where Pingora's parser would not take it.
     fn look(head: &[u8]) -> Option<Result<(), HeadError>> {
-        let mut room = [httparse::EMPTY_HEADER; 2 * MOST_LINES];
+        let mut room = [httparse::EMPTY_HEADER; MOST_LINES];
         let mut request = httparse::Request::new(&mut room);
-        request
-            .parse(head)
-            .ok()
-            .filter(httparse::Status::is_complete)?;
-        let mut headers = HeaderMap::new();
-        for header in request.headers {
-            let name: HeaderName = header.name.parse().unwrap();
-            headers.append(name, HeaderValue::from_bytes(header.value).unwrap());
-        }
-        Some(check(head, &headers))
+        let status = request.parse(head).ok()?;
+        status.is_complete().then(|| check(head))
     }
 
     fn verdict(lines: &str) -> Option<Result<(), HeadError>> {
@@ -231,15 +230,17 @@ mod tests {
 
     #[test]
     fn a_head_has_so_many_lines_and_bytes() {
-        assert_eq!(verdict(&"X: y\r\n".repeat(MOST_LINES)), Some(Ok(())));
-        assert_eq!(
-            verdict(&"X: y\r\n".repeat(MOST_LINES + 1)),
-            Some(Err(HeadError::TooLarge))
-        );
+        let add = |lines: &str| {
+            let head = format!("GET / HTTP/1.1\r\n{lines}\r\n");
+            Progress::default().add(head.as_bytes()).map(drop)
+        };
+        assert_eq!(add(&"X: y\r\n".repeat(MOST_LINES)), Ok(()));
+        let more = "X: y\r\n".repeat(MOST_LINES + 1);
+        assert_eq!(add(&more), Err(HeadError::TooLarge));
         let frame = "GET / HTTP/1.1\r\nX: \r\n\r\n".len();
-        let filled = |bytes: usize| verdict(&format!("X: {}\r\n", "y".repeat(bytes - frame)));
-        assert_eq!(filled(MOST_BYTES), Some(Ok(())));
-        assert_eq!(filled(MOST_BYTES + 1), Some(Err(HeadError::TooLarge)));
+        let filled = |bytes: usize| add(&format!("X: {}\r\n", "y".repeat(bytes - frame)));
+        assert_eq!(filled(MOST_BYTES), Ok(()));
+        assert_eq!(filled(MOST_BYTES + 1), Err(HeadError::TooLarge));
     }
 
     #[test]
