@@ -162,16 +162,25 @@ impl Inner {
         if ctx.place.is_none() {
             return Err((Refusal::InstanceBusy, Some(user)));
         }
-        if !self.has_session(request, &instance).await {
+        let at_once = instance.cookie.is_known()
+            && !is_document_navigation(&request.method, &request.headers);
+        let has_session = if at_once {
+            has_session_cookie(&request.headers, &instance.cookie)
+        } else {
+            Box::pin(self.find_session(request, &instance)).await
+        };
+        if !has_session {
             return Ok(Step::Pair(user, instance));
         }
         if upgrade {
             let about = about(session, &user, &instance);
             ctx.tunnel = Some(Tunnel::new(about, &self.rules, cut()));
         }
-        // Looking for the session may have taken seconds, in which the table may have taken the instance away. The tunnel
-        // is known to the revocation by now, so that none escapes it.
-        if let Some(refusal) = self.lost(&user, &instance) {
+        // Looking for the session may have taken seconds, in which the table may have taken the instance away. A tunnel is
+        // known to the revocation by now, so that none escapes it.
+        if (upgrade || !at_once)
+            && let Some(refusal) = self.lost(&user, &instance)
+        {
             if let Some(tunnel) = &ctx.tunnel {
                 tunnel.give(Order::Revoked);
             }
@@ -235,20 +244,19 @@ impl Inner {
         }
     }
 
-    /// Whether the request comes with a session, as far as anybody can tell.
-    async fn has_session(
+    /// Whether the request comes with a session, as far as the instance can tell.
+    async fn find_session(
         self: &Arc<Self>,
         request: &RequestHeader,
         instance: &Arc<Instance>,
     ) -> bool {
         let headers = &request.headers;
-        let silent =
-            !instance.cookie.is_known() && Box::pin(self.learn_cookie_name(instance)).await;
+        let silent = !instance.cookie.is_known() && self.learn_cookie_name(instance).await;
         // An instance that has just not answered one question need not be asked another.
         if silent || !is_document_navigation(&request.method, headers) {
             return has_session_cookie(headers, &instance.cookie);
         }
-        Box::pin(self.is_session_alive(headers, instance)).await
+        self.is_session_alive(headers, instance).await
     }
 
     /// Whether the instance knows a session that the request comes with, or does not say.

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -116,13 +116,11 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
             dismiss(stream, &Refusal::TooManyConnections).await;
             return None;
         };
-        let head = Arc::new(Head::new(peer));
-        let guarded = Box::new(Guarded {
-            stream: Some(stream),
-            head: head.clone(),
-            rest: BytesMut::new(),
-            reader: None,
+        let head = Arc::new(Head {
+            peer: peer.and_then(Peer::ip).map(|ip| ip.to_string().into()),
+            ..Head::default()
         });
+        let guarded = Box::new(Guarded::new(stream, head.clone()));
         let served = CONNECTION.scope(head.clone(), self.app.process_new(guarded, shutdown));
         tokio::select! {
             biased;
@@ -130,10 +128,7 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
             () = head.cut.notified() => {}
         }
         // By now what served it has been dropped, and has left the connection behind.
-        let left = {
-            let mut state = head.state();
-            state.left.take().zip(state.refusal.take())
-        };
+        let left = head.left().take();
         if let Some((stream, refusal)) = left {
             dismiss(stream, &refusal).await;
         }
@@ -169,38 +164,96 @@ async fn dismiss(mut stream: Stream, refusal: &Refusal) {
     let _ = timeout(LINGER, goodbye).await;
 }
 
-/// What a connection and what serves it know of the present head.
+/// What a connection and what serves it tell each other.
+#[derive(Default)]
 struct Head {
     /// The address that the connection comes from.
     peer: Option<Arc<str>>,
+    /// How many heads there were to read so far.
+    wanted: AtomicU32,
     /// Whether one is being read.
     reading: AtomicBool,
     /// Whether what came behind it waits for an answer.
     waiting: AtomicBool,
-    state: Mutex<State>,
+    /// The connection and what it is answered with, once it was left behind.
+    left: Mutex<Option<(Stream, Refusal)>>,
     /// Whatever serves the connection is to leave it: a head is not read to its end, or a tunnel is cut off.
     cut: Arc<Notify>,
 }
 
-struct State {
-    progress: Progress,
-    /// Since when it is waited for; from its first byte on, since that.
-    since: Instant,
-    /// Whether there was one before it.
-    used: bool,
-    /// Wakes who waits for it when it should be there, or earlier: it is not set anew for each.
-    alarm: Option<Pin<Box<Sleep>>>,
-    refusal: Option<Refusal>,
-    left: Option<Stream>,
+impl Head {
+    /// A head is to be read.
+    fn expect(&self) {
+        self.wanted.fetch_add(1, Ordering::Relaxed);
+        self.reading.store(true, Ordering::Relaxed);
+    }
+
+    /// The head is there.
+    fn is_read(&self, tunnel: bool) {
+        self.waiting.store(tunnel, Ordering::Relaxed);
+        self.reading.store(false, Ordering::Relaxed);
+    }
+
+    fn left(&self) -> MutexGuard<'_, Option<(Stream, Refusal)>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-impl State {
+/// A connection whose heads are counted and timed while they are read. Each is handed on by itself: what comes behind it waits
+/// until it is asked for, so that no head hides behind another. Once it refuses one, it has nothing more to say to what reads
+/// from it, and is left behind when that is dropped.
+struct Guarded {
+    /// Always there, until it is dropped.
+    stream: Option<Stream>,
+    head: Arc<Head>,
+    /// Which of the heads this is about.
+    number: u32,
+    progress: Progress,
+    /// Since when the head is waited for; from its first byte on, since that.
+    since: Instant,
+    /// Wakes who waits for the head when it should be there, or earlier: it is not set anew for each.
+    alarm: Option<Pin<Box<Sleep>>>,
+    /// Why the head is not read to its end.
+    refusal: Option<Refusal>,
+    /// What came behind a head.
+    rest: BytesMut,
+    /// Who wants to read it, while it waits.
+    reader: Option<Waker>,
+}
+
+impl Guarded {
+    fn new(stream: Stream, head: Arc<Head>) -> Guarded {
+        Guarded {
+            stream: Some(stream),
+            head,
+            number: 0,
+            progress: Progress::default(),
+            since: Instant::now(),
+            alarm: None,
+            refusal: None,
+            rest: BytesMut::new(),
+            reader: None,
+        }
+    }
+
+    /// Begins anew where another head is to be read than before.
+    fn turn_to_head(&mut self) {
+        let wanted = self.head.wanted.load(Ordering::Relaxed);
+        if wanted != self.number {
+            self.number = wanted;
+            self.progress = Progress::default();
+            if wanted > 1 {
+                self.since = Instant::now();
+            }
+        }
+    }
+
     /// Whether the head should have been there by now; if not, the task is woken when it should.
     fn is_late(&mut self, cx: &mut Context<'_>) -> bool {
-        let unused = self.used && !self.progress.has_begun();
+        let unused = self.number > 1 && !self.progress.has_begun();
         let due = self.since + if unused { UNUSED } else { HEAD };
-        let mut alarm = self
-            .alarm
+        let alarm = &mut self.alarm;
+        let mut alarm = alarm
             .get_or_insert_with(|| Box::pin(sleep_until(due)))
             .as_mut();
         if alarm.deadline() > due {
@@ -214,72 +267,13 @@ impl State {
         }
         false
     }
-}
 
-impl Head {
-    fn new(peer: Option<Peer>) -> Head {
-        Head {
-            peer: peer.and_then(Peer::ip).map(|ip| ip.to_string().into()),
-            reading: AtomicBool::new(false),
-            waiting: AtomicBool::new(false),
-            state: Mutex::new(State {
-                progress: Progress::default(),
-                since: Instant::now(),
-                used: false,
-                alarm: None,
-                refusal: None,
-                left: None,
-            }),
-            cut: Arc::default(),
-        }
+    /// Reads no further. Who serves the connection waits for nothing until it is dropped.
+    fn refuse(&mut self, refusal: Refusal) {
+        self.refusal = Some(refusal);
+        self.head.cut.notify_one();
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A head is to be read.
-    fn expect(&self) {
-        let mut state = self.state();
-        state.progress = Progress::default();
-        if state.used {
-            state.since = Instant::now();
-        }
-        self.reading.store(true, Ordering::Relaxed);
-    }
-
-    /// The head is there.
-    fn is_read(&self, tunnel: bool) {
-        self.waiting.store(tunnel, Ordering::Relaxed);
-        self.reading.store(false, Ordering::Relaxed);
-        let mut state = self.state();
-        state.used = true;
-        if tunnel {
-            // Nothing comes after it.
-            state.alarm = None;
-        }
-    }
-
-    fn refuse(&self, mut state: std::sync::MutexGuard<'_, State>, refusal: Refusal) {
-        state.refusal = Some(refusal);
-        self.cut.notify_one();
-    }
-}
-
-/// A connection whose heads are counted and timed while they are read. Each is handed on by itself: what comes behind it waits
-/// until it is asked for, so that no head hides behind another. Once it refuses one, it has nothing more to say to what reads
-/// from it, and is left behind when that is dropped.
-struct Guarded {
-    /// Always there, until it is dropped.
-    stream: Option<Stream>,
-    head: Arc<Head>,
-    /// What came behind a head.
-    rest: BytesMut,
-    /// Who wants to read it, while it waits.
-    reader: Option<Waker>,
-}
-
-impl Guarded {
     fn stream(&self) -> &Stream {
         self.stream.as_ref().expect("it is there until the drop")
     }
@@ -307,6 +301,8 @@ impl Guarded {
     fn answers(&mut self) {
         if self.head.waiting.load(Ordering::Relaxed) {
             self.head.waiting.store(false, Ordering::Relaxed);
+            // No head comes after a tunnel.
+            self.alarm = None;
             if let Some(reader) = self.reader.take() {
                 reader.wake();
             }
@@ -316,59 +312,60 @@ impl Guarded {
 
 impl Drop for Guarded {
     fn drop(&mut self) {
-        let mut state = self.head.state();
-        if state.refusal.is_some() {
-            state.left = self.stream.take();
+        if let Some(refusal) = self.refusal.take() {
+            *self.head.left() = self.stream.take().zip(Some(refusal));
         }
     }
 }
 
 impl AsyncRead for Guarded {
     fn poll_read(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if !self.head.reading.load(Ordering::Relaxed) {
-            return self.poll_bytes(cx, buf);
+        let this = self.get_mut();
+        if !this.head.reading.load(Ordering::Relaxed) {
+            return this.poll_bytes(cx, buf);
         }
-        let head = self.head.clone();
-        let mut state = head.state();
-        if state.refusal.is_some() {
+        if this.refusal.is_some() {
             return Poll::Pending;
         }
+        this.turn_to_head();
         let before = buf.filled().len();
-        let read = self.poll_bytes(cx, buf);
+        let read = this.poll_bytes(cx, buf);
         if read.is_ready() {
             let came = &buf.filled()[before..];
             if came.is_empty() {
                 return read;
             }
+            let begun = this.progress.has_begun();
             // Behind the end that everybody else sees, Pingora would ask for more.
-            let ended = state.progress.has_ended();
-            let begun = state.progress.has_begun();
-            match state.progress.add(came) {
+            let ended = this.progress.has_ended();
+            match this.progress.add(came) {
                 Ok(length) if !ended => {
-                    if state.used && !begun && !state.progress.has_ended() {
-                        state.since = Instant::now();
+                    if length < came.len() {
+                        let mut rest = BytesMut::from(&came[length..]);
+                        rest.unsplit(std::mem::take(&mut this.rest));
+                        this.rest = rest;
+                        buf.set_filled(before + length);
                     }
-                    let mut rest = BytesMut::from(&came[length..]);
-                    rest.unsplit(std::mem::take(&mut self.rest));
-                    self.rest = rest;
-                    buf.set_filled(before + length);
+                    if this.number > 1 && !begun && !this.progress.has_ended() {
+                        this.since = Instant::now();
+                    }
                     return read;
                 }
-                Ok(_) => head.refuse(state, Refusal::BadRequest),
-                Err(error) => head.refuse(state, Refusal::Head(error)),
+                Ok(_) => this.refuse(Refusal::BadRequest),
+                Err(error) => this.refuse(Refusal::Head(error)),
             }
             buf.set_filled(before);
             return Poll::Pending;
         }
-        if !state.is_late(cx) {
+        if !this.is_late(cx) {
             return Poll::Pending;
         }
-        if state.progress.has_begun() {
-            head.refuse(state, Refusal::HeadTooSlow);
+        if this.progress.has_begun() {
+            this.refuse(Refusal::HeadTooSlow);
             Poll::Pending
         } else {
             // A connection on which nothing was ever said ends without a word.

@@ -53,18 +53,23 @@ impl CookieName {
         due
     }
 
-    /// Whether a cookie of that name counts as a session cookie. While the name is unknown every name that an instance
-    /// may use counts, so that a restart of either side never costs a working session.
+    /// Whether a cookie of that name counts as a session cookie.
     pub fn counts(&self, name: &[u8]) -> bool {
-        match &*self.known.load() {
-            Some(known) => known.as_bytes() == name,
-            None => may_be_session(name),
-        }
+        counts(self.known.load().as_deref(), name)
     }
 
     /// Whether the instance has said it.
     pub fn is_known(&self) -> bool {
         self.known.load().is_some()
+    }
+}
+
+/// Whether a cookie of that name counts as a session cookie. While the name is unknown every name that an instance may use
+/// counts, so that a restart of either side never costs a working session.
+fn counts(known: Option<&String>, name: &[u8]) -> bool {
+    match known {
+        Some(known) => known.as_bytes() == name,
+        None => may_be_session(name),
     }
 }
 
@@ -94,8 +99,9 @@ pub fn accepts_html(headers: &HeaderMap) -> bool {
 /// bytes; it must not hide ours.
 fn each_session_cookie<'a>(
     headers: &'a HeaderMap,
-    names: &'a CookieName,
+    names: &CookieName,
 ) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
+    let known = names.known.load();
     headers
         .get_all(header::COOKIE)
         .iter()
@@ -104,7 +110,7 @@ fn each_session_cookie<'a>(
             let equals = memchr::memchr(b'=', pair)?;
             Some((pair[..equals].trim_ascii(), pair[equals + 1..].trim_ascii()))
         })
-        .filter(|(name, _)| names.counts(name))
+        .filter(move |(name, _)| counts(known.as_deref(), name))
 }
 
 /// Whether the request has a session cookie, alive or not.
