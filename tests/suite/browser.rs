@@ -342,4 +342,8 @@ async fn alice_and_bob_land_and_a_stranger_is_turned_away() {
         .evaluate("getComputedStyle(document.body).backgroundColor")
         .await;
     assert_eq!(background, "rgb(20, 23, 27)");
+    // It ends its dispatcher, too.
+    let pid = rustix::process::Pid::from_raw(demo.id().unwrap() as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    assert!(demo.wait().await.unwrap().success());
 }

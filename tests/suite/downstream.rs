@@ -13,6 +13,7 @@ use crate::common::dispatcher::{Setup, wait_for};
 use crate::common::frames::Frame;
 use crate::common::http::{self, Client};
 use crate::common::raw::{MASK, RawInstance, say};
+use crate::restarts::Successor;
 use crate::world::{World, from};
 
 /// So many sockets are more than the usual soft limit of 1024.
@@ -386,12 +387,12 @@ async fn an_edge_on_the_same_machine_may_come_over_a_socket() {
 
     // It is handed over like any other: nobody is ever turned away.
     let before = std::fs::metadata(&socket).unwrap().ino();
-    world.dispatcher.signal(rustix::process::Signal::USR2);
-    wait_for("the handover", async || {
+    let conf = world.dispatcher.base.join("t3-dispatch.yaml");
+    let handover = wait_for("the handover", async || {
         assert_eq!(ask_over(&socket, &head).await.unwrap(), "HTTP/1.1 200");
         !world.dispatcher.logged(" replaced by=").is_empty()
-    })
-    .await;
+    });
+    let (_successor, ()) = tokio::join!(Successor::of(&conf), handover);
     assert_eq!(ask_over(&socket, &head).await.unwrap(), "HTTP/1.1 200");
     let file = std::fs::metadata(&socket).unwrap();
     assert_eq!(

@@ -31,11 +31,11 @@ async fn reload(conf: &Path) -> (bool, String) {
     (output.status.success(), said)
 }
 
-/// The process that has taken over, which is nobody's child here.
-struct Successor(Pid);
+/// The process that has taken over, which is nobody's child here. Dropping it kills it.
+pub struct Successor(Pid);
 
 impl Successor {
-    async fn of(conf: &Path) -> Successor {
+    pub async fn of(conf: &Path) -> Successor {
         let (taken, said) = reload(conf).await;
         assert!(taken, "{said}");
         let pid = said
