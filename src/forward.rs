@@ -62,6 +62,16 @@ pub fn is_malformed(request: &RequestHeader) -> bool {
 
 /// Whether these bytes are a host, with or without a port.
 fn is_host(bytes: &[u8]) -> bool {
+    // Most are plain names, about which nobody has to ask a parser.
+    let (name, port) = match bytes.iter().rposition(|byte| *byte == b':') {
+        Some(at) => (&bytes[..at], &bytes[at + 1..]),
+        None => (bytes, &b"80"[..]),
+    };
+    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-');
+    let is_short_number = matches!(port.len(), 1..=4) && port.iter().all(u8::is_ascii_digit);
+    if !name.is_empty() && name.iter().all(is_plain) && is_short_number {
+        return true;
+    }
     Authority::try_from(bytes)
         .is_ok_and(|authority| authority.as_str() == authority.host() || authority.port().is_some())
 }
@@ -233,6 +243,39 @@ pub fn response_head(response: &mut ResponseHeader, version: Version) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_host_is_a_name_or_an_address_and_perhaps_a_port() {
+        for host in [
+            "t3.example.com",
+            "t3.example.com:443",
+            "t3.example.com:0",
+            "t3.example.com:65535",
+            "T3-dev.example.com",
+            "t3_dev.example.com",
+            "127.0.0.1:3780",
+            "[::1]",
+            "[::1]:3780",
+            "localhost",
+        ] {
+            assert!(is_host(host.as_bytes()), "{host}");
+            assert!(Authority::try_from(host).is_ok(), "{host}");
+        }
+        for host in [
+            "t3.example.com:",
+            "t3.example.com:65536",
+            "t3.example.com:12345678",
+            "t3.example.com:4x",
+            "t3.example.com:443:443",
+            "alice@t3.example.com",
+            "t3.example.com/x",
+            "t3 example.com",
+            "[::1",
+            "::1",
+        ] {
+            assert!(!is_host(host.as_bytes()), "{host}");
+        }
+    }
 
     #[test]
     fn a_page_may_open_sockets_to_its_own_host() {
