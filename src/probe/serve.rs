@@ -83,15 +83,15 @@ impl BackgroundService for ServeLegs {
                 _ = beat.tick() => {
                     let instances = live::instances();
                     let step = self.heartbeat / (instances.len().max(1) as u32);
-                    for (position, instance) in instances.into_iter().enumerate() {
-                        let asker = self.asker.clone();
-                        // Spread out, so that thousands are not asked in one moment.
-                        let wait = step * position as u32;
-                        tokio::spawn(async move {
-                            tokio::time::sleep(wait).await;
-                            asker.ask(&instance).await;
-                        });
-                    }
+                    let (asker, begin) = (self.asker.clone(), tokio::time::Instant::now());
+                    tokio::spawn(async move {
+                        for (position, instance) in instances.into_iter().enumerate() {
+                            // Spread out, so that thousands are not asked in one moment, nor hold memory until they are.
+                            tokio::time::sleep_until(begin + step * position as u32).await;
+                            let asker = asker.clone();
+                            tokio::spawn(async move { asker.ask(&instance).await });
+                        }
+                    });
                 }
                 Some((instance, may_restart)) = requests.recv() => {
                     let asker = self.asker.clone();

@@ -23,7 +23,8 @@ use tikv_jemallocator::Jemalloc;
 const REQUEST: u64 = 92;
 const CONNECTION: u64 = 115;
 const MESSAGE: u64 = 5;
-const TUNNEL: u64 = 221;
+// 219 to 221: some of its books are closed a moment later, by another thread.
+const TUNNEL: u64 = 225;
 
 struct Counting;
 
