@@ -6,7 +6,6 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::http::{self, Reply};
@@ -330,28 +329,10 @@ impl Dispatcher {
     }
 }
 
-impl Dispatcher {
-    /// Whoever has taken over is nobody's child here, and names itself in the PID file.
-    fn kill_successor(&self) {
-        let Ok(pid) = std::fs::read_to_string(self.base.join("pid")) else {
-            return;
-        };
-        let pid = pid.trim().parse().ok().and_then(Pid::from_raw);
-        let command = |pid: Pid| std::fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero()));
-        if let Some(pid) = pid
-            && let Ok(command) = command(pid)
-            && String::from_utf8_lossy(&command).contains(&*self.base.to_string_lossy())
-        {
-            let _ = kill_process(pid, Signal::KILL);
-        }
-    }
-}
-
 impl Drop for Dispatcher {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        self.kill_successor();
         if std::thread::panicking() {
             eprintln!("--- the dispatcher's log\n{}", self.log());
         }

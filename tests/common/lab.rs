@@ -22,6 +22,7 @@ use tokio_tungstenite::tungstenite::{Message, http::HeaderValue};
 
 use super::dispatcher::{Dispatcher, Setup, program, wait_for};
 use super::instance::{Instance, Version};
+use super::successor::Successor;
 use super::{http, mint};
 
 /// What a client does, shortened.
@@ -460,6 +461,8 @@ pub struct Lab {
     pub serve: Vec<Relay>,
     pub instances: Vec<Instance>,
     pub dispatcher: Dispatcher,
+    /// Who has taken over from it.
+    pub successor: Option<Successor>,
     prober: Option<Child>,
     pub base: TempDir,
 }
@@ -501,6 +504,7 @@ impl Lab {
             serve,
             instances,
             dispatcher,
+            successor: None,
             prober: None,
             base,
         };

@@ -11,4 +11,5 @@ pub mod mint;
 pub mod prober;
 pub mod raw;
 pub mod signer;
+pub mod successor;
 pub mod witness;

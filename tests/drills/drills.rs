@@ -14,6 +14,7 @@ use crate::common::dispatcher::wait_for;
 use crate::common::instance::{Instance, Version};
 use crate::common::lab::{Does, Lab, NAMES, WATCHDOG, Way};
 use crate::common::mint;
+use crate::common::successor::Successor;
 
 /// What is broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -492,15 +493,9 @@ async fn restart(lab: &mut Lab) {
 }
 
 /// Replaces the dispatcher.
-async fn reload(lab: &Lab) {
-    let file = lab.base.path().join("t3-dispatch.yaml");
-    let output = tokio::process::Command::from(crate::common::dispatcher::program())
-        .args(["reload", "-c"])
-        .arg(file)
-        .output()
-        .await
-        .unwrap();
-    assert!(output.status.success(), "{output:?}");
+async fn reload(lab: &mut Lab) {
+    let settings = lab.base.path().join("t3-dispatch.yaml");
+    lab.successor = Some(Successor::of(&settings).await);
 }
 
 /// What was broken, against what the verdict says.

@@ -13,7 +13,7 @@ use crate::common::dispatcher::{Setup, wait_for};
 use crate::common::frames::Frame;
 use crate::common::http::{self, Client};
 use crate::common::raw::{MASK, RawInstance, say};
-use crate::restarts::Successor;
+use crate::common::successor::Successor;
 use crate::world::{World, from};
 
 /// So many sockets are more than the usual soft limit of 1024.

@@ -1,6 +1,5 @@
 //! A new process takes over without a socket or a request lost, or nothing happens at all.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -17,51 +16,8 @@ use crate::common::http;
 use crate::common::instance::{Instance, Version};
 use crate::common::mint;
 use crate::common::raw::{MASK, ask, rest};
+use crate::common::successor::{Successor, reload};
 use crate::world::{World, from};
-
-/// What `t3-dispatch reload` said, and whether it was content.
-async fn reload(conf: &Path) -> (bool, String) {
-    let mut command = program();
-    command.args(["reload", "-c"]).arg(conf);
-    let output = tokio::task::spawn_blocking(move || command.output().unwrap())
-        .await
-        .unwrap();
-    let said =
-        String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
-    (output.status.success(), said)
-}
-
-/// The process that has taken over, which is nobody's child here. Dropping it kills it.
-pub struct Successor(Pid);
-
-impl Successor {
-    pub async fn of(conf: &Path) -> Successor {
-        let (taken, said) = reload(conf).await;
-        assert!(taken, "{said}");
-        let pid = said
-            .split_whitespace()
-            .nth(1)
-            .and_then(|pid| pid.parse().ok())
-            .and_then(Pid::from_raw);
-        Successor(pid.unwrap_or_else(|| panic!("{said}")))
-    }
-
-    fn is_alive(&self) -> bool {
-        let path = format!("/proc/{}/stat", self.0.as_raw_nonzero());
-        let stat = std::fs::read_to_string(path).unwrap_or_default();
-        !stat.is_empty() && !stat.contains(") Z ")
-    }
-
-    async fn gone(&self) {
-        wait_for("end of the process", async || !self.is_alive()).await;
-    }
-}
-
-impl Drop for Successor {
-    fn drop(&mut self) {
-        let _ = kill_process(self.0, Signal::KILL);
-    }
-}
 
 /// A socket of alice's through whoever listens now.
 async fn socket(world: &World, session: &str) -> TcpStream {
