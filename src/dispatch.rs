@@ -14,11 +14,10 @@ use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use pingora::{Error, ErrorSource, ErrorType, Result};
 
 use crate::config::Dispatch;
-use crate::downstream::{cut, head_is_read, peer_text};
+use crate::downstream::{cut, head_is_read, with_peer_text};
 use crate::events::{self, Outcome};
 use crate::forward;
 use crate::gate::how;
-use crate::head::{self, HeadError};
 use crate::identity::{IdentityError, Peer, client, who};
 use crate::instance::{Caller, address};
 use crate::judge;
@@ -29,7 +28,8 @@ use crate::probe::echo;
 use crate::probe::far::{self, Far};
 use crate::refuse::{Refusal, answer};
 use crate::session::{
-    Verdict, accepts_html, has_session_cookie, is_document_navigation, read_check, session_cookies,
+    Verdict, accepts_html, has_known_session_cookie, has_session_cookie, is_document_navigation,
+    read_check, session_cookies,
 };
 use crate::table::{Instance, Place, Tables, unique};
 use crate::tunnel::live::{self, About, Order, Tunnel};
@@ -61,6 +61,8 @@ pub struct Ctx {
     found: Option<(String, Arc<Instance>)>,
     /// The books of the WebSocket that it asks for, which are closed when this is dropped.
     tunnel: Option<Arc<Tunnel>>,
+    /// Whether it asks for a WebSocket.
+    upgrade: bool,
     outcome: Option<Outcome>,
 }
 
@@ -135,11 +137,6 @@ impl Inner {
         session: &mut Session,
         ctx: &mut Ctx,
     ) -> Result<Step, Refused> {
-        if let Err(error) = check_head(session) {
-            // Whatever comes behind it may be meant as a part of it.
-            session.set_keepalive(None);
-            return Err((Refusal::Head(error), None));
-        }
         let request = session.req_header();
         if forward::is_malformed(request) {
             return Err((Refusal::BadRequest, None));
@@ -153,7 +150,7 @@ impl Inner {
         if page::is_ours(request.uri.path()) {
             return Ok(Step::Page(user));
         }
-        let upgrade = session.is_upgrade_req();
+        let upgrade = ctx.upgrade;
         let origins = &self.settings.tunnels.allowed_origins;
         if upgrade && !forward::is_origin_allowed(&request.headers, origins) {
             return Err((Refusal::CrossOrigin, Some(user)));
@@ -162,12 +159,14 @@ impl Inner {
         if ctx.place.is_none() {
             return Err((Refusal::InstanceBusy, Some(user)));
         }
-        let at_once = instance.cookie.is_known()
-            && !is_document_navigation(&request.method, &request.headers);
-        let has_session = if at_once {
-            has_session_cookie(&request.headers, &instance.cookie)
+        let at_once = if is_document_navigation(&request.method, &request.headers) {
+            None
         } else {
-            Box::pin(self.find_session(request, &instance)).await
+            has_known_session_cookie(&request.headers, &instance.cookie)
+        };
+        let has_session = match at_once {
+            Some(has_session) => has_session,
+            None => Box::pin(self.find_session(request, &instance)).await,
         };
         if !has_session {
             return Ok(Step::Pair(user, instance));
@@ -178,7 +177,7 @@ impl Inner {
         }
         // Looking for the session may have taken seconds, in which the table may have taken the instance away. A tunnel is
         // known to the revocation by now, so that none escapes it.
-        if (upgrade || !at_once)
+        if (upgrade || at_once.is_none())
             && let Some(refusal) = self.lost(&user, &instance)
         {
             if let Some(tunnel) = &ctx.tunnel {
@@ -398,14 +397,6 @@ fn peer_ip(session: &Session) -> Option<IpAddr> {
     peer(session)?.ip()
 }
 
-/// Looks through the head as it came, before anybody acts on it.
-fn check_head(session: &Session) -> Result<(), HeadError> {
-    match session.as_downstream().as_http1() {
-        Some(session) => head::check(&session.get_headers_raw_bytes()),
-        None => Ok(()),
-    }
-}
-
 /// Whether there is no client any more that could be told something.
 fn is_client_gone(error: &Error) -> bool {
     let broken = matches!(
@@ -479,6 +470,7 @@ impl ProxyHttp for Dispatcher {
             place: None,
             found: None,
             tunnel: None,
+            upgrade: false,
             outcome: None,
         }
     }
@@ -486,9 +478,10 @@ impl ProxyHttp for Dispatcher {
     // Pingora would look at each message for something to compress, and find that it need not.
     fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
 
-    async fn early_request_filter(&self, session: &mut Session, _ctx: &mut Ctx) -> Result<()> {
+    async fn early_request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> Result<()> {
         let upgrade = session.req_header().headers.contains_key(header::UPGRADE);
         let tunnel = upgrade && forward::is_websocket(session.req_header());
+        ctx.upgrade = tunnel;
         head_is_read(tunnel);
         // Neither an upload that pauses nor a silent WebSocket is ended by us.
         session.set_read_timeout(None);
@@ -504,7 +497,6 @@ impl ProxyHttp for Dispatcher {
         {
             session.set_keepalive(None);
         }
-        session.set_pipelining_enabled(!tunnel);
         // Whoever asks for a tunnel, or for half of one, may take what follows for the tunnel's.
         if upgrade {
             session.set_keepalive(None);
@@ -538,12 +530,13 @@ impl ProxyHttp for Dispatcher {
 
     async fn upstream_request_filter(
         &self,
-        _session: &mut Session,
+        session: &mut Session,
         request: &mut RequestHeader,
         ctx: &mut Ctx,
     ) -> Result<()> {
         // A client of HTTP/1.0 need not name a host, but an instance wants one.
         if let Some((_, instance)) = &ctx.found
+            && session.req_header().version < Version::HTTP_11
             && !request.headers.contains_key(header::HOST)
         {
             request.insert_header(header::HOST, address(instance.port).to_string())?;
@@ -552,7 +545,8 @@ impl ProxyHttp for Dispatcher {
         if let Some(jwt) = &self.0.settings.identity.jwt {
             request.remove_header(&jwt.header);
         }
-        forward::request_head(request, peer_text().as_deref())
+        forward::origin_form(request)?;
+        with_peer_text(|client| forward::add_client(request, client)).unwrap_or(Ok(()))
     }
 
     async fn response_filter(
@@ -561,15 +555,8 @@ impl ProxyHttp for Dispatcher {
         response: &mut ResponseHeader,
         ctx: &mut Ctx,
     ) -> Result<()> {
-        if !forward::has_one_framing(response) {
-            return Error::e_explain(
-                ErrorType::InvalidHTTPHeader,
-                "an answer that can be read in two ways",
-            )
-            .map_err(|error: Box<Error>| error.into_up());
-        }
         let version = session.req_header().version;
-        forward::response_head(response, version);
+        forward::response_head(response, version).map_err(|error| error.into_up())?;
         if response.status == StatusCode::SWITCHING_PROTOCOLS
             && !(ctx.tunnel.is_some() && forward::switches_to_websocket(response))
         {

@@ -5,11 +5,12 @@ use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::BytesMut;
+use futures_util::future::{AbortHandle, AbortRegistration, Abortable};
 use pingora::apps::{HttpServerApp, HttpServerOptions, ReusedHttpStream, ServerApp};
 use pingora::protocols::http::ServerSession;
 use pingora::protocols::{
@@ -19,13 +20,13 @@ use pingora::protocols::{
 use pingora::proxy::HttpProxy;
 use pingora::server::ShutdownWatch;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 
 use crate::config::Identity;
 use crate::dispatch::Dispatcher;
 use crate::events;
-use crate::head::Progress;
+use crate::head::Reader;
 use crate::identity::Peer;
 use crate::probe::host;
 use crate::refuse::Refusal;
@@ -57,15 +58,16 @@ pub fn head_is_read(tunnel: bool) {
 }
 
 /// What ends the present connection, whatever it waits for.
-pub fn cut() -> Arc<Notify> {
+pub fn cut() -> AbortHandle {
     CONNECTION
         .try_with(|head| head.cut.clone())
-        .unwrap_or_default()
+        .unwrap_or_else(|_| AbortHandle::new_pair().0)
 }
 
-/// The address that the present connection comes from, as text: made once for all its requests.
-pub fn peer_text() -> Option<Arc<str>> {
-    CONNECTION.try_with(|head| head.peer.clone()).ok().flatten()
+/// Reads the address that the present connection comes from, if it has one, as text: made once for all its requests.
+pub fn with_peer_text<T>(read: impl FnOnce(&str) -> T) -> Option<T> {
+    let read = |head: &Arc<Head>| head.peer.as_deref().map(read);
+    CONNECTION.try_with(read).ok().flatten()
 }
 
 /// A server on connections that are held to limits.
@@ -116,16 +118,11 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
             dismiss(stream, &Refusal::TooManyConnections).await;
             return None;
         };
-        let head = Arc::new(Head {
-            peer: peer.and_then(Peer::ip).map(|ip| ip.to_string().into()),
-            ..Head::default()
-        });
+        let (head, cut) = Head::new(peer);
         let guarded = Box::new(Guarded::new(stream, head.clone()));
         let served = CONNECTION.scope(head.clone(), self.app.process_new(guarded, shutdown));
-        tokio::select! {
-            biased;
-            _ = served => return None,
-            () = head.cut.notified() => {}
+        if Abortable::new(served, cut).await.is_ok() {
+            return None;
         }
         // By now what served it has been dropped, and has left the connection behind.
         let left = head.left().take();
@@ -165,23 +162,36 @@ async fn dismiss(mut stream: Stream, refusal: &Refusal) {
 }
 
 /// What a connection and what serves it tell each other.
-#[derive(Default)]
 struct Head {
     /// The address that the connection comes from.
-    peer: Option<Arc<str>>,
+    peer: Option<String>,
     /// How many heads there were to read so far.
     wanted: AtomicU32,
     /// Whether one is being read.
     reading: AtomicBool,
-    /// Whether what came behind it waits for an answer.
+    /// Whether it asks for a tunnel, and the answer is not written yet.
     waiting: AtomicBool,
     /// The connection and what it is answered with, once it was left behind.
     left: Mutex<Option<(Stream, Refusal)>>,
-    /// Whatever serves the connection is to leave it: a head is not read to its end, or a tunnel is cut off.
-    cut: Arc<Notify>,
+    /// Makes whatever serves the connection leave it: a head is not read to its end, or a tunnel is cut off.
+    cut: AbortHandle,
 }
 
 impl Head {
+    /// That of a new connection, and what is cut off by it.
+    fn new(peer: Option<Peer>) -> (Arc<Head>, AbortRegistration) {
+        let (cut, registration) = AbortHandle::new_pair();
+        let head = Head {
+            peer: peer.and_then(Peer::ip).map(|ip| ip.to_string()),
+            wanted: AtomicU32::new(0),
+            reading: AtomicBool::new(false),
+            waiting: AtomicBool::new(false),
+            left: Mutex::new(None),
+            cut,
+        };
+        (Arc::new(head), registration)
+    }
+
     /// A head is to be read.
     fn expect(&self) {
         self.wanted.fetch_add(1, Ordering::Relaxed);
@@ -199,26 +209,29 @@ impl Head {
     }
 }
 
-/// A connection whose heads are counted and timed while they are read. Each is handed on by itself: what comes behind it waits
-/// until it is asked for, so that no head hides behind another. Once it refuses one, it has nothing more to say to what reads
-/// from it, and is left behind when that is dropped.
+/// A connection whose heads are read and timed while they come in. Each is handed on by itself, and behind it no more than its
+/// body, so that no head ever gets by unread: what comes behind that waits for the next head to be asked for, or for the answer
+/// to a handshake. Once it refuses a head, it has nothing more to say to what reads from it, and is left behind when that is
+/// dropped.
 struct Guarded {
     /// Always there, until it is dropped.
     stream: Option<Stream>,
     head: Arc<Head>,
     /// Which of the heads this is about.
     number: u32,
-    progress: Progress,
+    reader: Reader,
     /// Since when the head is waited for; from its first byte on, since that.
     since: Instant,
     /// Wakes who waits for the head when it should be there, or earlier: it is not set anew for each.
     alarm: Option<Pin<Box<Sleep>>>,
     /// Why the head is not read to its end.
     refusal: Option<Refusal>,
-    /// What came behind a head.
+    /// How much of the body is still to come; without it, whatever comes may be read.
+    left: Option<u64>,
+    /// What has come too early.
     rest: BytesMut,
     /// Who wants to read it, while it waits.
-    reader: Option<Waker>,
+    waker: Option<Waker>,
 }
 
 impl Guarded {
@@ -227,12 +240,13 @@ impl Guarded {
             stream: Some(stream),
             head,
             number: 0,
-            progress: Progress::default(),
+            reader: Reader::default(),
             since: Instant::now(),
             alarm: None,
             refusal: None,
+            left: None,
             rest: BytesMut::new(),
-            reader: None,
+            waker: None,
         }
     }
 
@@ -241,7 +255,7 @@ impl Guarded {
         let wanted = self.head.wanted.load(Ordering::Relaxed);
         if wanted != self.number {
             self.number = wanted;
-            self.progress = Progress::default();
+            self.reader = Reader::default();
             if wanted > 1 {
                 self.since = Instant::now();
             }
@@ -250,7 +264,7 @@ impl Guarded {
 
     /// Whether the head should have been there by now; if not, the task is woken when it should.
     fn is_late(&mut self, cx: &mut Context<'_>) -> bool {
-        let unused = self.number > 1 && !self.progress.has_begun();
+        let unused = self.number > 1 && !self.reader.has_begun();
         let due = self.since + if unused { UNUSED } else { HEAD };
         let alarm = &mut self.alarm;
         let mut alarm = alarm
@@ -271,7 +285,7 @@ impl Guarded {
     /// Reads no further. Who serves the connection waits for nothing until it is dropped.
     fn refuse(&mut self, refusal: Refusal) {
         self.refusal = Some(refusal);
-        self.head.cut.notify_one();
+        self.head.cut.abort();
     }
 
     fn stream(&self) -> &Stream {
@@ -287,24 +301,63 @@ impl Guarded {
         if self.rest.is_empty() {
             return Pin::new(self.stream_mut()).poll_read(cx, buf);
         }
-        // Pingora takes whatever comes before the answer to a handshake for a fault.
-        if self.head.waiting.load(Ordering::Relaxed) {
-            self.reader = Some(cx.waker().clone());
-            return Poll::Pending;
-        }
         let length = self.rest.len().min(buf.remaining());
         buf.put_slice(&self.rest.split_to(length));
         Poll::Ready(Ok(()))
     }
 
-    /// An answer is being written, which what came too early has waited for.
+    /// Reads what is left of a body.
+    fn poll_body(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let Some(left) = self.left else {
+            return self.poll_bytes(cx, buf);
+        };
+        if left == 0 {
+            return self.poll_end(cx);
+        }
+        let before = buf.filled().len();
+        let read = self.poll_bytes(cx, buf);
+        let came = buf.filled().len() - before;
+        let length = usize::try_from(left).map_or(came, |left| left.min(came));
+        self.put_back(buf, before + length);
+        self.left = Some(left - length as u64);
+        read
+    }
+
+    /// Waits for the end of the connection, and keeps what comes instead.
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.rest.is_empty() {
+            let mut byte = [0];
+            let mut buf = ReadBuf::new(&mut byte);
+            ready!(Pin::new(self.stream_mut()).poll_read(cx, &mut buf))?;
+            if buf.filled().is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            self.rest.extend_from_slice(buf.filled());
+        }
+        self.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// Keeps for later what was read beyond `end`.
+    fn put_back(&mut self, buf: &mut ReadBuf<'_>, end: usize) {
+        let early = &buf.filled()[end..];
+        if !early.is_empty() {
+            let mut rest = BytesMut::from(early);
+            rest.unsplit(std::mem::take(&mut self.rest));
+            self.rest = rest;
+            buf.set_filled(end);
+        }
+    }
+
+    /// An answer is being written. To a handshake, whatever comes behind it is the tunnel's.
     fn answers(&mut self) {
         if self.head.waiting.load(Ordering::Relaxed) {
             self.head.waiting.store(false, Ordering::Relaxed);
+            self.left = None;
             // No head comes after a tunnel.
             self.alarm = None;
-            if let Some(reader) = self.reader.take() {
-                reader.wake();
+            if let Some(waker) = self.waker.take() {
+                waker.wake();
             }
         }
     }
@@ -326,7 +379,7 @@ impl AsyncRead for Guarded {
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if !this.head.reading.load(Ordering::Relaxed) {
-            return this.poll_bytes(cx, buf);
+            return this.poll_body(cx, buf);
         }
         if this.refusal.is_some() {
             return Poll::Pending;
@@ -339,18 +392,16 @@ impl AsyncRead for Guarded {
             if came.is_empty() {
                 return read;
             }
-            let begun = this.progress.has_begun();
+            let begun = this.reader.has_begun();
             // Behind the end that everybody else sees, Pingora would ask for more.
-            let ended = this.progress.has_ended();
-            match this.progress.add(came) {
+            let ended = this.reader.has_ended();
+            match this.reader.read(came) {
                 Ok(length) if !ended => {
-                    if length < came.len() {
-                        let mut rest = BytesMut::from(&came[length..]);
-                        rest.unsplit(std::mem::take(&mut this.rest));
-                        this.rest = rest;
-                        buf.set_filled(before + length);
+                    this.put_back(buf, before + length);
+                    if this.reader.has_ended() {
+                        this.left = this.reader.body_length();
                     }
-                    if this.number > 1 && !begun && !this.progress.has_ended() {
+                    if this.number > 1 && !begun && !this.reader.has_ended() {
                         this.since = Instant::now();
                     }
                     return read;
@@ -364,7 +415,7 @@ impl AsyncRead for Guarded {
         if !this.is_late(cx) {
             return Poll::Pending;
         }
-        if this.progress.has_begun() {
+        if this.reader.has_begun() {
             this.refuse(Refusal::HeadTooSlow);
             Poll::Pending
         } else {
@@ -464,14 +515,19 @@ impl LastAnswers {
 
 #[async_trait]
 impl HttpServerApp for LastAnswers {
-    async fn process_new_http(
-        self: &Arc<Self>,
+    // Written as `async_trait` would write it, but for the box, of which the proxy has one already.
+    fn process_new_http<'a, 'b, 'c>(
+        self: &'a Arc<Self>,
         session: ServerSession,
-        shutdown: &ShutdownWatch,
-    ) -> Option<ReusedHttpStream> {
+        shutdown: &'b ShutdownWatch,
+    ) -> Pin<Box<dyn Future<Output = Option<ReusedHttpStream>> + Send + 'c>>
+    where
+        'a: 'c,
+        'b: 'c,
+    {
         host::watch();
         let _ = CONNECTION.try_with(|head| head.expect());
-        self.proxy.process_new_http(session, shutdown).await
+        self.proxy.process_new_http(session, shutdown)
     }
 
     fn server_options(&self) -> Option<&HttpServerOptions> {

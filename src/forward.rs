@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use http::uri::Authority;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
-use pingora::Result;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::HttpPeer;
 use pingora::protocols::TcpKeepalive;
 use pingora::protocols::http::authority::{RawTargetAuthority, raw_target_authority};
+use pingora::{Error, ErrorType, Result};
 
 use crate::gate::GatedConnect;
 use crate::instance::{IDLE, peer};
@@ -18,17 +18,6 @@ use crate::table::{Instance, unique};
 use crate::tunnel::live::Tunnel;
 
 static FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-
-/// Headers that belong to one connection (RFC 9110, section 7.6.1), as far as Pingora leaves them in a response.
-static HOP_BY_HOP: [HeaderName; 7] = [
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-connection"),
-    header::PROXY_AUTHENTICATE,
-    header::TE,
-    header::TRAILER,
-    header::UPGRADE,
-    header::PROXY_AUTHORIZATION,
-];
 
 /// Whether the request asks for a WebSocket (RFC 6455, section 4.1) and nothing else: such a request alone may turn
 /// into a tunnel.
@@ -79,18 +68,6 @@ fn is_host(bytes: &[u8]) -> bool {
 /// Whether a 101 says that what follows is a WebSocket.
 pub fn switches_to_websocket(response: &ResponseHeader) -> bool {
     has_token(&response.headers, header::UPGRADE, "websocket")
-}
-
-/// Whether the end of a response's body is told in one way only. The connection to the edge is other people's next.
-pub fn has_one_framing(response: &ResponseHeader) -> bool {
-    let mut codings = response.headers.get_all(header::TRANSFER_ENCODING).iter();
-    let mut lengths = response.headers.get_all(header::CONTENT_LENGTH).iter();
-    codings.next().is_none_or(|coding| coding == "chunked")
-        && lengths
-            .next()
-            .is_none_or(|length| length.as_bytes().iter().all(u8::is_ascii_digit))
-        && codings.next().is_none()
-        && lengths.next().is_none()
 }
 
 fn has_token(headers: &HeaderMap, name: HeaderName, token: &str) -> bool {
@@ -175,12 +152,11 @@ pub fn peer_for(
     peer
 }
 
-/// Readies the head of a request for the instance. Pingora has removed the hop-by-hop headers by then.
+/// Makes `GET http://host/path` what it means, `GET /path` with that Host: instances know only the latter.
 ///
 /// # Errors
-/// When a header cannot be written.
-pub fn request_head(request: &mut RequestHeader, client: Option<&str>) -> Result<()> {
-    // `GET http://host/path` asks for the same as `GET /path` with that Host; instances know only the latter.
+/// When the host is none.
+pub fn origin_form(request: &mut RequestHeader) -> Result<()> {
     if let RawTargetAuthority::Absolute {
         authority,
         path_and_query,
@@ -199,9 +175,19 @@ pub fn request_head(request: &mut RequestHeader, client: Option<&str>) -> Result
             request.insert_header(header::HOST, host)?;
         }
     }
-    let Some(client) = client else { return Ok(()) };
-    let mut chain = Vec::with_capacity(64);
-    for value in request.headers.get_all(&FORWARDED_FOR) {
+    Ok(())
+}
+
+/// Adds the client's address to those that a request has been forwarded for.
+///
+/// # Errors
+/// When the header cannot be written.
+pub fn add_client(request: &mut RequestHeader, client: &str) -> Result<()> {
+    let told = request.headers.get_all(&FORWARDED_FOR);
+    let length = told.iter().map(|value| value.len() + 2).sum::<usize>();
+    // Of exactly that size, as what is left over would be given back by a copy.
+    let mut chain = Vec::with_capacity(length + client.len());
+    for value in told {
         chain.extend_from_slice(value.as_bytes());
         chain.extend_from_slice(b", ");
     }
@@ -209,24 +195,69 @@ pub fn request_head(request: &mut RequestHeader, client: Option<&str>) -> Result
     request.insert_header("X-Forwarded-For", chain)
 }
 
+/// Whether a header of a response must not reach the client: those that belong to one connection (RFC 9110, section 7.6.1),
+/// as far as Pingora leaves them there, and the one that tells whose answer a refusal is, which must be ours.
+fn has_to_go(name: &HeaderName) -> bool {
+    match *name {
+        header::PROXY_AUTHENTICATE
+        | header::PROXY_AUTHORIZATION
+        | header::TE
+        | header::TRAILER
+        | header::UPGRADE => true,
+        _ => matches!(name.as_str(), "keep-alive" | "proxy-connection") || *name == *ERROR_HEADER,
+    }
+}
+
 /// Readies the head of a response for the client, which spoke `version`.
-pub fn response_head(response: &mut ResponseHeader, version: Version) {
+///
+/// # Errors
+/// When it does not tell the end of its body in one way only. The connection to the edge is other people's next.
+pub fn response_head(response: &mut ResponseHeader, version: Version) -> Result<()> {
+    // What most responses have nothing of, one look at their headers tells.
+    let (mut codings, mut lengths, mut is_clear) = (0, 0, true);
+    let (mut nominates, mut goes) = (false, false);
+    for (name, value) in &response.headers {
+        match *name {
+            header::TRANSFER_ENCODING => {
+                codings += 1;
+                is_clear &= value == "chunked";
+            }
+            header::CONTENT_LENGTH => {
+                lengths += 1;
+                is_clear &= value.as_bytes().iter().all(u8::is_ascii_digit);
+            }
+            header::CONNECTION => nominates = true,
+            _ => goes |= has_to_go(name),
+        }
+    }
+    if !is_clear || codings > 1 || lengths > 1 {
+        return Error::e_explain(
+            ErrorType::InvalidHTTPHeader,
+            "an answer that can be read in two ways",
+        );
+    }
     // A proxy speaks its own version, whatever the instance speaks (RFC 9110, section 6.2).
     response.set_version(Version::HTTP_11);
     if response.status == StatusCode::SWITCHING_PROTOCOLS {
-        return;
+        return Ok(());
     }
-    let nominated: Vec<HeaderName> = tokens(&response.headers, header::CONNECTION)
-        .filter_map(|name| HeaderName::from_bytes(name).ok())
-        .filter(|name| !matches!(*name, header::CONTENT_LENGTH | header::TRANSFER_ENCODING))
-        .collect();
-    for name in &nominated {
-        response.remove_header(name);
+    if nominates {
+        let nominated: Vec<HeaderName> = tokens(&response.headers, header::CONNECTION)
+            .filter(|token| !matches!(*token, b"close" | b"keep-alive"))
+            .filter_map(|name| HeaderName::from_bytes(name).ok())
+            .filter(|name| !matches!(*name, header::CONTENT_LENGTH | header::TRANSFER_ENCODING))
+            .collect();
+        for name in &nominated {
+            response.remove_header(name);
+        }
     }
-    // ERROR_HEADER tells whose answer a refusal is, so it must be ours. Most responses have none of these, which one look
-    // at their headers tells.
-    let has_to_go = |name: &&HeaderName| **name == *ERROR_HEADER || HOP_BY_HOP.contains(name);
-    while let Some(name) = response.headers.keys().find(has_to_go).cloned() {
+    while goes
+        && let Some(name) = response
+            .headers
+            .keys()
+            .find(|name| has_to_go(name))
+            .cloned()
+    {
         response.remove_header(&name);
     }
     // Neither has a body (RFC 9112, section 6.3).
@@ -238,6 +269,7 @@ pub fn response_head(response: &mut ResponseHeader, version: Version) {
     if version < Version::HTTP_11 {
         response.remove_header(&header::TRANSFER_ENCODING);
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -111,16 +111,12 @@ fn the_only<'a>(
     headers: &'a HeaderMap,
     header: &HeaderName,
 ) -> Result<Option<&'a HeaderValue>, IdentityError> {
-    let ambiguous = || IdentityError::Ambiguous(header.clone());
-    if headers.keys().any(|name| looks_like(name, header)) {
-        return Err(ambiguous());
+    let mut found = headers.iter().filter(|(name, _)| looks_like(name, header));
+    match (found.next(), found.next()) {
+        (None, _) => Ok(None),
+        (Some((name, value)), None) if name == header => Ok(Some(value)),
+        _ => Err(IdentityError::Ambiguous(header.clone())),
     }
-    let mut values = headers.get_all(header).iter();
-    let value = values.next();
-    if values.next().is_some() {
-        return Err(ambiguous());
-    }
-    Ok(value)
 }
 
 fn name(value: &HeaderValue) -> Result<&str, IdentityError> {
@@ -156,8 +152,8 @@ pub fn forwarded_for(headers: &HeaderMap) -> impl Iterator<Item = IpAddr> {
         .map(|ip| ip.to_canonical())
 }
 
-/// Whether `name` is another header that CGI-style servers fold into the same variable as `header`: they map every
-/// character that is no letter or digit to an underscore.
+/// Whether `name` is a header that CGI-style servers fold into the same variable as `header`: they map every character that is
+/// no letter or digit to an underscore.
 fn looks_like(name: &HeaderName, header: &HeaderName) -> bool {
     let fold = |byte: u8| {
         if byte.is_ascii_alphanumeric() {
@@ -167,9 +163,9 @@ fn looks_like(name: &HeaderName, header: &HeaderName) -> bool {
         }
     };
     let (name, header) = (name.as_str().as_bytes(), header.as_str().as_bytes());
-    name.len() == header.len()
-        && name != header
-        && std::iter::zip(name, header).all(|(a, b)| fold(*a) == fold(*b))
+    name == header
+        || name.len() == header.len()
+            && std::iter::zip(name, header).all(|(a, b)| fold(*a) == fold(*b))
 }
 
 #[cfg(test)]

@@ -95,34 +95,55 @@ pub fn accepts_html(headers: &HeaderMap) -> bool {
         .any(|value| value.as_bytes().windows(9).any(|part| part == b"text/html"))
 }
 
-/// The cookies of a request that count as session cookies, as name and value. A cookie of another application may hold any
-/// bytes; it must not hide ours.
+/// The cookies of a request that count as session cookies where that name is known, as name and value. A cookie of another
+/// application may hold any bytes; it must not hide ours.
 fn each_session_cookie<'a>(
     headers: &'a HeaderMap,
-    names: &CookieName,
+    known: Option<&'a String>,
 ) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
-    let known = names.known.load();
     headers
         .get_all(header::COOKIE)
         .iter()
-        .flat_map(|line| line.as_bytes().split(|byte| *byte == b';'))
+        .flat_map(|line| pairs(line.as_bytes()))
         .filter_map(|pair| {
             let equals = memchr::memchr(b'=', pair)?;
             Some((pair[..equals].trim_ascii(), pair[equals + 1..].trim_ascii()))
         })
-        .filter(move |(name, _)| counts(known.as_deref(), name))
+        .filter(move |(name, _)| counts(known, name))
+}
+
+/// What stands between the semicolons of a line. Other applications' cookies can be long.
+fn pairs(line: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let ends = memchr::memchr_iter(b';', line).chain([line.len()]);
+    let mut start = 0;
+    ends.map(move |end| {
+        let pair = &line[start..end];
+        start = end + 1;
+        pair
+    })
 }
 
 /// Whether the request has a session cookie, alive or not.
 pub fn has_session_cookie(headers: &HeaderMap, names: &CookieName) -> bool {
-    each_session_cookie(headers, names).next().is_some()
+    let known = names.known.load();
+    each_session_cookie(headers, known.as_deref())
+        .next()
+        .is_some()
+}
+
+/// The same, where the name is known.
+pub fn has_known_session_cookie(headers: &HeaderMap, names: &CookieName) -> Option<bool> {
+    let known = names.known.load();
+    let known = known.as_deref()?;
+    Some(each_session_cookie(headers, Some(known)).next().is_some())
 }
 
 /// The session cookies of a request as one `Cookie` header of their own, or `None` where there is none. Of a name that
 /// is there twice the first counts, as it does for the instance.
 pub fn session_cookies(headers: &HeaderMap, names: &CookieName) -> Option<HeaderValue> {
+    let known = names.known.load();
     let mut kept: Vec<(&[u8], &[u8])> = Vec::new();
-    for (name, value) in each_session_cookie(headers, names) {
+    for (name, value) in each_session_cookie(headers, known.as_deref()) {
         if !kept.iter().any(|(earlier, _)| *earlier == name) {
             kept.push((name, value));
         }

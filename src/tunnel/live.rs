@@ -7,8 +7,8 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::Waker;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use futures_util::future::AbortHandle;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Notify;
 
 use super::{Ender, Facts, Gap, How, Sensor, Side};
 use crate::close::{Cause, cause};
@@ -71,7 +71,7 @@ pub struct Tunnel {
     /// When it was asked for.
     asked: Millis,
     /// Ends the whole request, whatever it waits for.
-    cut: Arc<Notify>,
+    cut: AbortHandle,
     state: Mutex<State>,
 }
 
@@ -104,8 +104,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Tunnel {
-    /// A tunnel that somebody asks for now, of a client that follows `rules`. Notifying `cut` ends its request at once.
-    pub fn new(about: About, rules: &Rules, cut: Arc<Notify>) -> Arc<Tunnel> {
+    /// A tunnel that somebody asks for now, of a client that follows `rules`. Aborting `cut` ends its request at once.
+    pub fn new(about: About, rules: &Rules, cut: AbortHandle) -> Arc<Tunnel> {
         let key = unique();
         let state = State {
             sensor: Sensor::new(Instant::now(), rules.gap()),
@@ -309,7 +309,7 @@ pub fn revoke(lost: impl Fn(&str, &Arc<Instance>) -> bool) {
 pub fn cut_revoked() {
     for tunnel in live() {
         if tunnel.order() == Some(Order::Revoked) {
-            tunnel.cut.notify_one();
+            tunnel.cut.abort();
         }
     }
 }

@@ -108,6 +108,15 @@ pub async fn say(from: &mut TcpStream, to: &mut TcpStream, text: &str, mask: Opt
     assert_eq!(Frame::read(to).await.unwrap(), Frame::text(text));
 }
 
+/// A head, and nothing of what comes behind it.
+pub async fn head(stream: &mut TcpStream) -> String {
+    let mut bytes = Vec::new();
+    while !bytes.ends_with(b"\r\n\r\n") {
+        bytes.push(stream.read_u8().await.unwrap());
+    }
+    String::from_utf8(bytes).unwrap()
+}
+
 /// Everything that still comes, up to the end.
 pub async fn rest(stream: &mut TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();

@@ -236,6 +236,42 @@ async fn pipelined_heads_are_held_to_the_same_rules() {
     assert_eq!(client.read_reply("GET").await.unwrap().status, 200);
 }
 
+/// A request that comes with the body of another is read from its first byte, wherever it is cut.
+#[tokio::test]
+async fn a_request_behind_a_body_is_read_as_any_other() {
+    let world = World::new().await;
+    let session = world.alice.new_session();
+    let head = |start: &str, more: &str| {
+        format!(
+            "{start} HTTP/1.1\r\nHost: t3.example.com\r\nX-authentik-username: alice\r\nCookie: {session}\r\n{more}\r\n"
+        )
+    };
+    let upload = head("POST /__test/echo", "Content-Length: 5\r\n") + "hello";
+    let next = head("GET /", "X: a b c d e f\r\n");
+    // The first ends within its body, with it, within the next head, and with that.
+    let cuts = (upload.len() - 3..upload.len() + next.len()).step_by(3);
+    let sent = upload.clone() + &next;
+    for cut in cuts.chain([sent.len()]) {
+        let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
+        for part in [&sent[..cut], &sent[cut..]] {
+            client.send(part).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        for method in ["POST", "GET"] {
+            let reply = client.read_reply(method).await.unwrap();
+            assert_eq!(reply.status, 200, "{cut}, {method}: {}", reply.text());
+        }
+    }
+    let many = head("GET /", &"X: y\r\n".repeat(200));
+    for (second, status) in [(many, 431), (head("GET /x y", ""), 400)] {
+        let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
+        client.send(upload.clone() + &second).await.unwrap();
+        assert_eq!(client.read_reply("POST").await.unwrap().status, 200);
+        assert_eq!(client.read_reply("GET").await.unwrap().status, status);
+        until_closed(&mut client.stream, Duration::from_secs(10)).await;
+    }
+}
+
 /// A client must not, but some send with their handshake what is for the tunnel: it gets there.
 #[tokio::test]
 async fn what_comes_with_a_handshake_waits_for_the_tunnel() {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::future::AbortHandle;
 use pingora::Result;
 use pingora::apps::HttpServerApp;
 use pingora::prelude::HttpPeer;
@@ -48,7 +49,11 @@ impl ProxyHttp for Slow {
         Ok(Box::new(forward::peer_for(
             &self.instance,
             session.req_header(),
-            Some(&Tunnel::new(about, &Default::default(), Default::default())),
+            Some(&Tunnel::new(
+                about,
+                &Default::default(),
+                AbortHandle::new_pair().0,
+            )),
         )))
     }
 
