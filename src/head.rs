@@ -16,7 +16,7 @@ pub enum HeadError {
     /// It is longer than a head may be, in bytes or in lines.
     #[error("the head is larger than {} KiB or {MOST_LINES} lines", MOST_BYTES / 1024)]
     TooLarge,
-    /// A line ends with LF alone, or holds a CR.
+    /// A line ends with LF alone.
     #[error("a line of the head does not end as it should")]
     LineEnding,
     /// The request line is not three words.
