@@ -26,6 +26,9 @@ use crate::session::CookieName;
 /// How often the file is looked at. A change is in force two looks later at the latest.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// The nice value of the thread that reads it.
+const NICE: i32 = 10;
+
 /// How long a file may go on changing before a fault in it is reported all the same.
 const SETTLE: Duration = Duration::from_secs(1);
 
@@ -396,6 +399,8 @@ impl BackgroundService for Watcher {
             asked,
             swaps,
         } = &*self.tables;
+        // Where there are more threads than cores, those that answer requests go first. It still gets a tenth of a core.
+        let _ = rustix::process::setpriority_process(None, NICE);
         let mut in_force = *opened;
         let mut state = State::Good;
         let mut seen = None;

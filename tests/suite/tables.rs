@@ -384,3 +384,22 @@ async fn requests_go_on_while_a_large_table_is_read() {
     let meanwhile = |at: &&Instant| (took / 4..took).contains(&(end - **at));
     assert!(answered.iter().filter(meanwhile).count() > 5, "{line}");
 }
+
+/// Where there are more threads than cores, the one that reads the table makes way for the others.
+#[tokio::test]
+async fn the_thread_that_reads_the_table_is_nice() {
+    let world = World::new().await;
+    let threads = format!("/proc/{}/task", world.dispatcher.child.id());
+    let nice_ones = || -> Vec<String> {
+        let nice = |stat: String| {
+            let (name, rest) = stat.split_once('(')?.1.rsplit_once(") ")?;
+            // The 19th field (proc_pid_stat(5)), counted from the third.
+            (rest.split(' ').nth(16)? == "10").then(|| name.to_owned())
+        };
+        let threads = std::fs::read_dir(&threads).unwrap();
+        let stats =
+            threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("stat")));
+        stats.filter_map(|stat| nice(stat.ok()?)).collect()
+    };
+    wait_for("nice thread", async || nice_ones() == ["BG table"]).await;
+}
