@@ -28,8 +28,7 @@ use crate::probe::echo;
 use crate::probe::far::{self, Far};
 use crate::refuse::{Refusal, answer};
 use crate::session::{
-    Verdict, accepts_html, has_known_session_cookie, has_session_cookie, is_document_navigation,
-    read_check, session_cookies,
+    Verdict, accepts_html, has_session_cookie, is_document_navigation, read_check, session_cookies,
 };
 use crate::table::{Instance, Place, Tables, unique};
 use crate::tunnel::live::{self, About, Order, Tunnel};
@@ -159,14 +158,12 @@ impl Inner {
         if ctx.place.is_none() {
             return Err((Refusal::InstanceBusy, Some(user)));
         }
-        let at_once = if is_document_navigation(&request.method, &request.headers) {
-            None
+        let at_once = instance.cookie.is_known()
+            && !is_document_navigation(&request.method, &request.headers);
+        let has_session = if at_once {
+            has_session_cookie(&request.headers, &instance.cookie)
         } else {
-            has_known_session_cookie(&request.headers, &instance.cookie)
-        };
-        let has_session = match at_once {
-            Some(has_session) => has_session,
-            None => Box::pin(self.find_session(request, &instance)).await,
+            Box::pin(self.find_session(request, &instance)).await
         };
         if !has_session {
             return Ok(Step::Pair(user, instance));
@@ -177,7 +174,7 @@ impl Inner {
         }
         // Looking for the session may have taken seconds, in which the table may have taken the instance away. A tunnel is
         // known to the revocation by now, so that none escapes it.
-        if (upgrade || at_once.is_none())
+        if (upgrade || !at_once)
             && let Some(refusal) = self.lost(&user, &instance)
         {
             if let Some(tunnel) = &ctx.tunnel {

@@ -131,13 +131,6 @@ pub fn has_session_cookie(headers: &HeaderMap, names: &CookieName) -> bool {
         .is_some()
 }
 
-/// The same, where the name is known.
-pub fn has_known_session_cookie(headers: &HeaderMap, names: &CookieName) -> Option<bool> {
-    let known = names.known.load();
-    let known = known.as_deref()?;
-    Some(each_session_cookie(headers, Some(known)).next().is_some())
-}
-
 /// The session cookies of a request as one `Cookie` header of their own, or `None` where there is none. Of a name that
 /// is there twice the first counts, as it does for the instance.
 pub fn session_cookies(headers: &HeaderMap, names: &CookieName) -> Option<HeaderValue> {

@@ -9,6 +9,10 @@ use tokio::sync::mpsc;
 use super::frames::Frame;
 use super::http::{self, Client, Head};
 
+/// The answer to a handshake.
+pub const SWITCH: &str =
+    "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n";
+
 /// Answers everything but WebSockets like an instance that knows the session `t3_session=x`.
 pub struct RawInstance {
     pub port: u16,
@@ -38,8 +42,7 @@ impl RawInstance {
                         };
                         client.unread.drain(..length);
                         if head.get("upgrade").is_some() {
-                            let switch = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n";
-                            client.send(switch).await.unwrap();
+                            client.send(SWITCH).await.unwrap();
                             let _ = tell.send(client.stream);
                             return;
                         }

@@ -185,16 +185,19 @@ async fn a_large_head_is_refused_however_large() {
     assert_eq!(world.alice.seen().len(), before);
 }
 
+/// The head of a request of alice's, with more lines.
+fn head(start: &str, session: &str, more: &str) -> String {
+    format!(
+        "{start} HTTP/1.1\r\nHost: t3.example.com\r\nX-authentik-username: alice\r\nCookie: {session}\r\n{more}\r\n"
+    )
+}
+
 /// Heads that come together are read one by one: none is refused for how it was cut up, and none hides behind another.
 #[tokio::test]
 async fn pipelined_heads_are_held_to_the_same_rules() {
     let world = World::new().await;
     let session = world.alice.new_session();
-    let head = |path: &str, more: &str| {
-        format!(
-            "GET {path} HTTP/1.1\r\nHost: t3.example.com\r\nX-authentik-username: alice\r\nCookie: {session}\r\n{more}\r\n"
-        )
-    };
+    let head = |path: &str, more: &str| head(&format!("GET {path}"), &session, more);
     // Lengths at which a head begins in one read and ends in another.
     for length in [200, 600, 1500, 7000] {
         let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
@@ -241,11 +244,7 @@ async fn pipelined_heads_are_held_to_the_same_rules() {
 async fn a_request_behind_a_body_is_read_as_any_other() {
     let world = World::new().await;
     let session = world.alice.new_session();
-    let head = |start: &str, more: &str| {
-        format!(
-            "{start} HTTP/1.1\r\nHost: t3.example.com\r\nX-authentik-username: alice\r\nCookie: {session}\r\n{more}\r\n"
-        )
-    };
+    let head = |start: &str, more: &str| head(start, &session, more);
     let upload = head("POST /__test/echo", "Content-Length: 5\r\n") + "hello";
     let next = head("GET /", "X: a b c d e f\r\n");
     // The first ends within its body, with it, within the next head, and with that.

@@ -20,7 +20,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use crate::common::frames::Frame;
-use crate::common::raw::{MASK, RawInstance, open};
+use crate::common::raw::{self, MASK, RawInstance, open};
 
 const SOCKETS: usize = 40;
 const PAUSE: Duration = Duration::from_millis(20);
@@ -145,12 +145,8 @@ async fn no_socket_is_lost_when_the_instance_answers_before_it_is_asked() {
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             tokio::spawn(async move {
-                let switch = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n";
-                stream.write_all(switch.as_bytes()).await.unwrap();
-                let mut request = Vec::new();
-                while !request.ends_with(b"\r\n\r\n") {
-                    request.push(stream.read_u8().await.unwrap());
-                }
+                stream.write_all(raw::SWITCH.as_bytes()).await.unwrap();
+                raw::head(&mut stream).await;
                 let frame = Frame::read(&mut stream).await.unwrap();
                 frame.write(&mut stream, None).await.unwrap();
                 let _ = stream.read_u8().await;

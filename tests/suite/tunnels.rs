@@ -893,11 +893,9 @@ async fn frames_before_the_101_wait_for_it() {
         tokio::time::sleep(Duration::from_millis(200)).await;
         client.send(frame.encode(MASK)).await.unwrap();
     }
-    let switch =
-        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n";
-    let handshake = crate::common::raw::head(&mut instance).await;
+    let handshake = raw::head(&mut instance).await;
     assert!(handshake.starts_with("GET /ws "), "{handshake:?}");
-    instance.write_all(switch.as_bytes()).await.unwrap();
+    instance.write_all(raw::SWITCH.as_bytes()).await.unwrap();
     assert_eq!(client.read_head().await.unwrap().0, 101);
     for frame in early {
         assert_eq!(Frame::read(&mut instance).await.unwrap(), frame);
