@@ -16,7 +16,7 @@ use pingora::{Error, ErrorSource, ErrorType, Result};
 use crate::config::Dispatch;
 use crate::downstream::{cut, head_is_read, with_peer_text};
 use crate::events::{self, Outcome};
-use crate::forward;
+use crate::forward::{self, Shape};
 use crate::gate::how;
 use crate::identity::{IdentityError, Peer, client, who};
 use crate::instance::{Caller, address};
@@ -60,6 +60,8 @@ pub struct Ctx {
     found: Option<(String, Arc<Instance>)>,
     /// The books of the WebSocket that it asks for, which are closed when this is dropped.
     tunnel: Option<Arc<Tunnel>>,
+    /// What its headers say of how it is passed on.
+    shape: Shape,
     /// Whether it asks for a WebSocket.
     upgrade: bool,
     outcome: Option<Outcome>,
@@ -467,6 +469,7 @@ impl ProxyHttp for Dispatcher {
             place: None,
             found: None,
             tunnel: None,
+            shape: Shape::default(),
             upgrade: false,
             outcome: None,
         }
@@ -476,8 +479,9 @@ impl ProxyHttp for Dispatcher {
     fn init_downstream_modules(&self, _modules: &mut HttpModules) {}
 
     async fn early_request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> Result<()> {
-        let upgrade = session.req_header().headers.contains_key(header::UPGRADE);
-        let tunnel = upgrade && forward::is_websocket(session.req_header());
+        let shape = Shape::of(&session.req_header().headers);
+        ctx.shape = shape;
+        let tunnel = shape.upgrade && forward::is_websocket(session.req_header());
         ctx.upgrade = tunnel;
         head_is_read(tunnel);
         // Neither an upload that pauses nor a silent WebSocket is ended by us.
@@ -487,18 +491,11 @@ impl ProxyHttp for Dispatcher {
         session.set_ignore_info_resp(old);
         // Where chunks end is what servers disagree about most, and Pingora's reader takes some that are not in order. So
         // nothing that comes behind them is ever taken for a request.
-        if session
-            .req_header()
-            .headers
-            .contains_key(header::TRANSFER_ENCODING)
-        {
-            session.set_keepalive(None);
-        }
         // Whoever asks for a tunnel, or for half of one, may take what follows for the tunnel's.
-        if upgrade {
+        if shape.coding || shape.upgrade {
             session.set_keepalive(None);
         }
-        if upgrade && !tunnel {
+        if shape.upgrade && !tunnel {
             // Pingora would make a tunnel of less than a whole WebSocket handshake.
             session.req_header_mut().remove_header(&header::UPGRADE);
         }
@@ -518,7 +515,8 @@ impl ProxyHttp for Dispatcher {
         match &ctx.found {
             Some((_, instance)) => Ok(Box::new(forward::peer_for(
                 instance,
-                session.req_header(),
+                &session.req_header().method,
+                ctx.shape,
                 ctx.tunnel.as_ref(),
             ))),
             None => Error::e_explain(ErrorType::InternalError, "no instance was chosen"),

@@ -9,6 +9,7 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::HttpPeer;
 use pingora::protocols::TcpKeepalive;
 use pingora::protocols::http::authority::{RawTargetAuthority, raw_target_authority};
+use pingora::upstreams::peer::HttpUpstreamRequestPolicy;
 use pingora::{Error, ErrorType, Result};
 
 use crate::gate::GatedConnect;
@@ -18,6 +19,44 @@ use crate::table::{Instance, unique};
 use crate::tunnel::live::Tunnel;
 
 static FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+
+/// What a request has of those headers that say how it is passed on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Shape {
+    /// A `Transfer-Encoding`.
+    pub coding: bool,
+    /// An `Upgrade`.
+    pub upgrade: bool,
+    /// A body, or a word of one.
+    pub body: bool,
+    /// Any that belongs to one connection, and so must not be passed on.
+    pub hop_by_hop: bool,
+}
+
+impl Shape {
+    /// One look at all headers, instead of a search for each.
+    pub fn of(headers: &HeaderMap) -> Shape {
+        let mut shape = Shape::default();
+        for (name, value) in headers {
+            match name.as_str() {
+                "content-length" => shape.body |= value != "0",
+                "transfer-encoding" => (shape.coding, shape.body) = (true, true),
+                "upgrade" => shape.upgrade = true,
+                "connection"
+                | "http2-settings"
+                | "keep-alive"
+                | "proxy-authenticate"
+                | "proxy-authorization"
+                | "proxy-connection"
+                | "te"
+                | "trailer" => shape.hop_by_hop = true,
+                _ => {}
+            }
+        }
+        shape.hop_by_hop |= shape.coding || shape.upgrade;
+        shape
+    }
+}
 
 /// Whether the request asks for a WebSocket (RFC 6455, section 4.1) and nothing else: such a request alone may turn
 /// into a tunnel.
@@ -57,8 +96,9 @@ fn is_host(bytes: &[u8]) -> bool {
         None => (bytes, &b"80"[..]),
     };
     let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-');
-    let is_short_number = matches!(port.len(), 1..=4) && port.iter().all(u8::is_ascii_digit);
-    if !name.is_empty() && name.iter().all(is_plain) && is_short_number {
+    let is_number = port.iter().all(u8::is_ascii_digit);
+    let is_port = matches!(port.len(), 1..=4) || port.len() == 5 && port <= &b"65535"[..];
+    if !name.is_empty() && name.iter().all(is_plain) && is_number && is_port {
         return true;
     }
     Authority::try_from(bytes)
@@ -129,20 +169,20 @@ pub fn is_origin_allowed(headers: &HeaderMap, allowed: &[String]) -> bool {
 /// So does an upgrade: an instance that refuses one says `keep-alive` and closes.
 pub fn peer_for(
     instance: &Instance,
-    request: &RequestHeader,
+    method: &Method,
+    shape: Shape,
     tunnel: Option<&Arc<Tunnel>>,
 ) -> HttpPeer {
-    let has_body = request.headers.contains_key(header::TRANSFER_ENCODING)
-        || request
-            .headers
-            .get(header::CONTENT_LENGTH)
-            .is_some_and(|length| length != "0");
-    let keep = request.method.is_idempotent() && !has_body && tunnel.is_none();
+    let keep = method.is_idempotent() && !shape.body && tunnel.is_none();
     let mut peer = peer(
         instance.port,
         if keep { instance.generation } else { unique() },
     );
     peer.options.idle_timeout = Some(if keep { IDLE } else { Duration::ZERO });
+    // Pingora searches for a dozen headers to remove. Most requests have none of them.
+    if !shape.hop_by_hop {
+        peer.options.http_upstream_request_policy = HttpUpstreamRequestPolicy::preserve();
+    }
     if let Some(tunnel) = tunnel {
         peer.options.custom_l4 = Some(Arc::new(GatedConnect {
             tunnel: tunnel.clone(),
@@ -197,15 +237,17 @@ pub fn add_client(request: &mut RequestHeader, client: &str) -> Result<()> {
 
 /// Whether a header of a response must not reach the client: those that belong to one connection (RFC 9110, section 7.6.1),
 /// as far as Pingora leaves them there, and the one that tells whose answer a refusal is, which must be ours.
-fn has_to_go(name: &HeaderName) -> bool {
-    match *name {
-        header::PROXY_AUTHENTICATE
-        | header::PROXY_AUTHORIZATION
-        | header::TE
-        | header::TRAILER
-        | header::UPGRADE => true,
-        _ => matches!(name.as_str(), "keep-alive" | "proxy-connection") || *name == *ERROR_HEADER,
-    }
+fn has_to_go(name: &str) -> bool {
+    matches!(
+        name,
+        "keep-alive"
+            | "proxy-authenticate"
+            | "proxy-authorization"
+            | "proxy-connection"
+            | "te"
+            | "trailer"
+            | "upgrade"
+    ) || name.eq_ignore_ascii_case(ERROR_HEADER)
 }
 
 /// Readies the head of a response for the client, which spoke `version`.
@@ -217,17 +259,17 @@ pub fn response_head(response: &mut ResponseHeader, version: Version) -> Result<
     let (mut codings, mut lengths, mut is_clear) = (0, 0, true);
     let (mut nominates, mut goes) = (false, false);
     for (name, value) in &response.headers {
-        match *name {
-            header::TRANSFER_ENCODING => {
+        match name.as_str() {
+            "transfer-encoding" => {
                 codings += 1;
                 is_clear &= value == "chunked";
             }
-            header::CONTENT_LENGTH => {
+            "content-length" => {
                 lengths += 1;
                 is_clear &= value.as_bytes().iter().all(u8::is_ascii_digit);
             }
-            header::CONNECTION => nominates = true,
-            _ => goes |= has_to_go(name),
+            "connection" => nominates |= value != "keep-alive" && value != "close",
+            name => goes |= has_to_go(name),
         }
     }
     if !is_clear || codings > 1 || lengths > 1 {
@@ -255,7 +297,7 @@ pub fn response_head(response: &mut ResponseHeader, version: Version) -> Result<
         && let Some(name) = response
             .headers
             .keys()
-            .find(|name| has_to_go(name))
+            .find(|name| has_to_go(name.as_str()))
             .cloned()
     {
         response.remove_header(&name);

@@ -162,6 +162,10 @@ fn looks_like(name: &HeaderName, header: &HeaderName) -> bool {
             b'_'
         }
     };
+    // Nearly always it is that very header, which is sooner told than folded.
+    if name == header {
+        return true;
+    }
     let (name, header) = (name.as_str().as_bytes(), header.as_str().as_bytes());
     name.len() == header.len() && std::iter::zip(name, header).all(|(a, b)| fold(*a) == fold(*b))
 }

@@ -13,7 +13,7 @@ use pingora::protocols::http::ServerSession;
 use pingora::protocols::l4::stream::Stream;
 use pingora::proxy::{ProxyHttp, Session, http_proxy};
 use pingora::server::configuration::ServerConf;
-use t3_dispatch::forward;
+use t3_dispatch::forward::{self, Shape};
 use t3_dispatch::table::{Instance, Table};
 use t3_dispatch::tunnel::live::{About, Tunnel};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -48,7 +48,8 @@ impl ProxyHttp for Slow {
         };
         Ok(Box::new(forward::peer_for(
             &self.instance,
-            session.req_header(),
+            &session.req_header().method,
+            Shape::of(&session.req_header().headers),
             Some(&Tunnel::new(
                 about,
                 &Default::default(),
