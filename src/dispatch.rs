@@ -64,6 +64,8 @@ pub struct Ctx {
     shape: Shape,
     /// Whether it asks for a WebSocket.
     upgrade: bool,
+    /// Whether it goes over a connection that was used before.
+    reused: bool,
     outcome: Option<Outcome>,
 }
 
@@ -471,6 +473,7 @@ impl ProxyHttp for Dispatcher {
             tunnel: None,
             shape: Shape::default(),
             upgrade: false,
+            reused: false,
             outcome: None,
         }
     }
@@ -513,14 +516,32 @@ impl ProxyHttp for Dispatcher {
 
     async fn upstream_peer(&self, session: &mut Session, ctx: &mut Ctx) -> Result<Box<HttpPeer>> {
         match &ctx.found {
-            Some((_, instance)) => Ok(Box::new(forward::peer_for(
-                instance,
-                &session.req_header().method,
-                ctx.shape,
-                ctx.tunnel.as_ref(),
-            ))),
+            Some((_, instance)) => {
+                let method = &session.req_header().method;
+                let (peer, reused) =
+                    forward::peer_for(instance, method, ctx.shape, ctx.tunnel.as_ref());
+                ctx.reused = reused;
+                Ok(Box::new(peer))
+            }
             None => Error::e_explain(ErrorType::InternalError, "no instance was chosen"),
         }
+    }
+
+    // Pingora takes every connection for a new one. Only a request that can be repeated gets one that is not.
+    fn error_while_proxy(
+        &self,
+        _peer: &HttpPeer,
+        _session: &mut Session,
+        mut error: Box<Error>,
+        ctx: &mut Ctx,
+        _reused: bool,
+    ) -> Box<Error> {
+        if ctx.reused {
+            error.retry.decide_reuse(true);
+        } else {
+            error.set_retry(false);
+        }
+        error
     }
 
     async fn upstream_request_filter(

@@ -13,9 +13,10 @@ use pingora::upstreams::peer::HttpUpstreamRequestPolicy;
 use pingora::{Error, ErrorType, Result};
 
 use crate::gate::GatedConnect;
-use crate::instance::{IDLE, peer};
+use crate::instance::address;
+use crate::pool::Checkout;
 use crate::refuse::ERROR_HEADER;
-use crate::table::{Instance, unique};
+use crate::table::Instance;
 use crate::tunnel::live::Tunnel;
 
 static FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -162,7 +163,7 @@ pub fn is_origin_allowed(headers: &HeaderMap, allowed: &[String]) -> bool {
     !from.is_empty() && without_default(from) == without_default(&host.to_ascii_lowercase())
 }
 
-/// The peer for a request to `instance`.
+/// The peer for a request to `instance`, and whether that is a connection which was used before.
 ///
 /// A kept connection may be closed by the instance at the moment it is used again. Pingora then repeats the request,
 /// but only where that does no harm and nothing of a body is lost; every other request gets a connection of its own.
@@ -172,24 +173,23 @@ pub fn peer_for(
     method: &Method,
     shape: Shape,
     tunnel: Option<&Arc<Tunnel>>,
-) -> HttpPeer {
-    let keep = method.is_idempotent() && !shape.body && tunnel.is_none();
-    let mut peer = peer(
-        instance.port,
-        if keep { instance.generation } else { unique() },
-    );
-    peer.options.idle_timeout = Some(if keep { IDLE } else { Duration::ZERO });
+) -> (HttpPeer, bool) {
+    let mut peer = HttpPeer::new(address(instance.port), false, String::new());
     // Pingora searches for a dozen headers to remove. Most requests have none of them.
     if !shape.hop_by_hop {
         peer.options.http_upstream_request_policy = HttpUpstreamRequestPolicy::preserve();
     }
     if let Some(tunnel) = tunnel {
-        peer.options.custom_l4 = Some(Arc::new(GatedConnect {
-            tunnel: tunnel.clone(),
-        }));
+        let tunnel = tunnel.clone();
+        peer.options.custom_l4 = Some(Arc::new(GatedConnect { tunnel }));
         peer.options.tcp_keepalive = Some(keepalive());
+        return (peer, false);
     }
-    peer
+    let keep = method.is_idempotent() && !shape.body;
+    let checkout = Checkout::new(keep.then(|| instance.pool.clone()));
+    let is_reused = checkout.is_reused();
+    peer.options.custom_l4 = Some(Arc::new(checkout));
+    (peer, is_reused)
 }
 
 /// Makes `GET http://host/path` what it means, `GET /path` with that Host: instances know only the latter.

@@ -18,17 +18,18 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use pingora::Result;
 use pingora::connectors::l4::Connect;
 use pingora::protocols::l4::ext::TcpKeepalive;
 use pingora::protocols::l4::socket::SocketAddr;
 use pingora::protocols::l4::stream::Stream;
 use pingora::protocols::l4::virt::{VirtualSockOpt, VirtualSocket, VirtualSocketStream};
-use pingora::{Error, ErrorType, OrErr, Result};
 use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
+use crate::pool::{dial, is_look};
 use crate::tunnel::live::{Order, Tunnel};
 use crate::tunnel::{How, Side};
 
@@ -51,19 +52,7 @@ pub struct GatedConnect {
 #[async_trait]
 impl Connect for GatedConnect {
     async fn connect(&self, address: &SocketAddr) -> Result<Stream> {
-        let address = address.as_inet().ok_or_else(|| {
-            Error::explain(ErrorType::InternalError, "instances have IP addresses")
-        })?;
-        let stream = TcpStream::connect(address).await.map_err(|error| {
-            let kind = match error.kind() {
-                io::ErrorKind::ConnectionRefused => ErrorType::ConnectRefused,
-                _ => ErrorType::ConnectError,
-            };
-            Error::because(kind, "connecting to an instance", error)
-        })?;
-        stream
-            .set_nodelay(true)
-            .or_err(ErrorType::SocketError, "setting TCP_NODELAY")?;
+        let stream = dial(address).await?;
         let gated = Gated {
             stream,
             tunnel: self.tunnel.clone(),
@@ -287,6 +276,10 @@ impl AsyncRead for Gated {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        // Not to be kept, whatever was answered: an instance that refuses an upgrade says `keep-alive` and closes.
+        if is_look(cx) {
+            return Poll::Ready(Ok(()));
+        }
         if this.stage != Stage::Open {
             this.reader = Some(cx.waker().clone());
             return Poll::Pending;

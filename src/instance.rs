@@ -11,20 +11,14 @@ use pingora::prelude::HttpPeer;
 use pingora::protocols::http::v1::client::HttpSession;
 use pingora::{Error, ErrorType, Result};
 
+use crate::pool::{CONNECT, IDLE};
 use crate::table::{Instance, unique};
 
 /// Most that is read of an answer's body; real ones have a few hundred bytes.
 const BODY_LIMIT: usize = 256 * 1024;
 
-/// How long an unused connection to an instance is kept. An instance closes it after five seconds, so it must be
-/// given up well before.
-pub const IDLE: Duration = Duration::from_millis(3500);
-
 /// Unused connections that a caller keeps.
 pub const KEPT: usize = 128;
-
-/// How long connecting over loopback may take.
-pub const CONNECT: Duration = Duration::from_secs(5);
 
 /// The address that an instance listens on.
 pub fn address(port: u16) -> SocketAddr {

@@ -44,6 +44,7 @@ pub mod listen;
 pub mod mint;
 pub mod page;
 pub mod pair;
+pub mod pool;
 pub mod probe;
 pub mod refuse;
 pub mod room;

@@ -26,6 +26,7 @@ use crate::jwt::{KeyError, Keys, Refresher, Tokens};
 use crate::ledger::{self, Ledger};
 use crate::listen::{self, Access, ListenError};
 use crate::mint::end_mints;
+use crate::pool;
 use crate::probe::serve::ServeLegs;
 use crate::room::Room;
 use crate::table::{TableError, Tables, Watcher};
@@ -161,12 +162,13 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
         rules.watchdog * 2,
     );
     let tokens = keys.clone().map(Tokens::new);
-    let pool = server.configuration.upstream_keepalive_pool_size;
-    let kept = pool.saturating_mul(server.configuration.threads);
+    let each = server.configuration.upstream_keepalive_pool_size;
+    let kept = each.saturating_mul(server.configuration.threads);
     let most = room(
         dispatch.max_connections as usize,
         kept.saturating_add(2 * KEPT),
     );
+    pool::make_room(kept);
     let dispatcher = Dispatcher::new(dispatch.clone(), tables.clone(), tokens, most);
     let front = Front::new(
         LastAnswers::new(http_proxy(&server.configuration, dispatcher)),

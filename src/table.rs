@@ -21,6 +21,7 @@ use serde_json::value::RawValue;
 use tokio::sync::{Notify, watch};
 
 use crate::events;
+use crate::pool::Pool;
 use crate::session::CookieName;
 
 /// How often the file is looked at. A change is in force two looks later at the latest.
@@ -46,6 +47,8 @@ pub struct Instance {
     pub generation: u64,
     /// The name of its session cookie.
     pub cookie: CookieName,
+    /// Connections to it that nobody uses.
+    pub pool: Arc<Pool>,
     /// Requests and tunnels that are under way.
     under_way: AtomicUsize,
 }
@@ -57,6 +60,7 @@ impl Instance {
             port,
             generation: unique(),
             cookie: CookieName::default(),
+            pool: Arc::default(),
             under_way: AtomicUsize::new(0),
         }
     }

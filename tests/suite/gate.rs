@@ -46,16 +46,11 @@ impl ProxyHttp for Slow {
             chain: Vec::new(),
             id: String::new(),
         };
-        Ok(Box::new(forward::peer_for(
-            &self.instance,
-            &session.req_header().method,
-            Shape::of(&session.req_header().headers),
-            Some(&Tunnel::new(
-                about,
-                &Default::default(),
-                AbortHandle::new_pair().0,
-            )),
-        )))
+        let request = session.req_header();
+        let tunnel = Tunnel::new(about, &Default::default(), AbortHandle::new_pair().0);
+        let shape = Shape::of(&request.headers);
+        let (peer, _) = forward::peer_for(&self.instance, &request.method, shape, Some(&tunnel));
+        Ok(Box::new(peer))
     }
 
     async fn connected_to_upstream(
