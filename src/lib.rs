@@ -8,7 +8,7 @@
 //! 3. [`session`]: the request's kind, its cookies and the instance's answer say whether to proxy or to pair.
 //! 4. [`pair`]: a credential from [`mint`], exchanged for the session cookie, which is relayed to the browser.
 //! 5. [`instance`]: our own HTTP calls to an instance, for the session check and the exchange.
-//! 6. [`forward`]: the peer's options and the headers, out and back; Pingora does the rest.
+//! 6. [`forward`]: the peer's options and the headers, out and back; [`pool`] has the connection, and Pingora does the rest.
 //! 7. [`tunnel`]: the sensor of one WebSocket; [`gate`] is the connection under it; [`close`] says why it ended.
 //! 8. [`judge`] keeps a drop until the evidence is in; [`verdict`] says whose fault it was.
 //!

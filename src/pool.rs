@@ -70,16 +70,18 @@ impl Pool {
         }
     }
 
-    /// Keeps a connection, if there is room.
+    /// Keeps a connection, if there is room for it.
     fn put(self: &Arc<Self>, stream: TcpStream) {
-        let (Ok(permit), Ok(runtime)) = (ROOM.try_acquire(), Handle::try_current()) else {
+        let Ok(permit) = ROOM.try_acquire() else {
             return;
         };
         let mut unused = self.lock();
-        unused
-            .connections
-            .push((Instant::now() + IDLE, stream, permit));
-        if !std::mem::replace(&mut unused.timed, true) {
+        let due = Instant::now() + IDLE;
+        unused.connections.push((due, stream, permit));
+        if !unused.timed
+            && let Ok(runtime) = Handle::try_current()
+        {
+            unused.timed = true;
             runtime.spawn(give_up(Arc::downgrade(self)));
         }
     }

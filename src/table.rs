@@ -42,7 +42,7 @@ pub struct Instance {
     pub os_user: Box<str>,
     /// The loopback port that it listens on.
     pub port: u16,
-    /// Number that no other instance in this process has had, so that pooled connections are never shared with a
+    /// Number that no other instance in this process has had, so that connections kept for session checks are never shared with a
     /// successor on the same port.
     pub generation: u64,
     /// The name of its session cookie.

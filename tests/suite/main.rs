@@ -16,6 +16,7 @@ mod manual;
 mod mint;
 mod operator;
 mod pairing;
+mod pool;
 mod prober;
 mod prober_settings;
 mod probes;
