@@ -1,12 +1,12 @@
 //! Connections to an instance that are kept for its next request.
 //!
-//! Pingora's own pool is one for all instances, and takes a task, a timer, a system call and three locks for each request: a
-//! twentieth of all that a request costs. Here each instance has a list of its own, which goes when it goes, and from which the
-//! requests of others push nothing out.
+//! Pingora's own pool is one for all instances, and takes a task, a timer, a system call and three locks for each request: more
+//! than a twentieth of all that a request costs (docs/performance.md). Here each instance has a list of its own, which goes when
+//! it goes, and from which the requests of others push nothing out.
 //!
 //! Pingora asks for a connection through [`Checkout`], and takes each for a new one. Once it is done with one that could be used
-//! again, it looks whether anything unexpected has come, before it would keep it itself. That look tells [`Line`] that it is over:
-//! it says that the connection has ended, so that Pingora lets go of it, and hands it back to the [`Pool`].
+//! again, it looks whether anything unexpected has come, before it would keep it itself. By that look ([`is_look`]) the connection
+//! knows that it is free: it says that it has ended, so that Pingora lets go of it, and goes back to its [`Pool`].
 
 use std::io;
 use std::pin::Pin;
