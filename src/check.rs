@@ -154,7 +154,7 @@ pub fn run(conf: Option<&Path>, user: Option<&str>) -> Report {
                 .map_err(|error| format!("{source} {error} (dispatch.identity.jwt.jwks)"));
             report.add("keys", found);
         }
-        let caller = Arc::new(Caller::default());
+        let caller = Arc::new(Caller::new(false));
         report
             .rows
             .extend(instances(&dispatch, &table, &caller).await);

@@ -118,7 +118,7 @@ impl Dispatcher {
         tokens: Option<Tokens>,
         room: usize,
     ) -> Dispatcher {
-        let caller = Arc::new(Caller::default());
+        let caller = Arc::new(Caller::new(true));
         let pairer = Pairer::new(settings.pairing.clone(), caller.clone());
         Dispatcher(Arc::new(Inner {
             rules: judge::rules(&settings.tunnels),

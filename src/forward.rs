@@ -13,7 +13,7 @@ use pingora::upstreams::peer::HttpUpstreamRequestPolicy;
 use pingora::{Error, ErrorType, Result};
 
 use crate::gate::GatedConnect;
-use crate::instance::address;
+use crate::instance::peer;
 use crate::pool::Checkout;
 use crate::refuse::ERROR_HEADER;
 use crate::table::Instance;
@@ -174,21 +174,21 @@ pub fn peer_for(
     shape: Shape,
     tunnel: Option<&Arc<Tunnel>>,
 ) -> (HttpPeer, bool) {
-    let mut peer = HttpPeer::new(address(instance.port), false, String::new());
+    let (mut peer, is_reused) = if let Some(tunnel) = tunnel {
+        let tunnel = tunnel.clone();
+        let mut peer = peer(instance, Arc::new(GatedConnect { tunnel }));
+        peer.options.tcp_keepalive = Some(keepalive());
+        (peer, false)
+    } else {
+        let keep = method.is_idempotent() && !shape.body;
+        let checkout = Checkout::new(keep.then(|| instance.pool.clone()));
+        let is_reused = checkout.is_reused();
+        (peer(instance, Arc::new(checkout)), is_reused)
+    };
     // Pingora searches for a dozen headers to remove. Most requests have none of them.
     if !shape.hop_by_hop {
         peer.options.http_upstream_request_policy = HttpUpstreamRequestPolicy::preserve();
     }
-    if let Some(tunnel) = tunnel {
-        let tunnel = tunnel.clone();
-        peer.options.custom_l4 = Some(Arc::new(GatedConnect { tunnel }));
-        peer.options.tcp_keepalive = Some(keepalive());
-        return (peer, false);
-    }
-    let keep = method.is_idempotent() && !shape.body;
-    let checkout = Checkout::new(keep.then(|| instance.pool.clone()));
-    let is_reused = checkout.is_reused();
-    peer.options.custom_l4 = Some(Arc::new(checkout));
     (peer, is_reused)
 }
 

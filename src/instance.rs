@@ -1,24 +1,22 @@
 //! Our own HTTP calls to an instance: the session check and the credential exchange.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use pingora::connectors::ConnectorOptions;
 use pingora::connectors::http::v1::Connector;
+use pingora::connectors::l4::Connect;
 use pingora::http::RequestHeader;
 use pingora::prelude::HttpPeer;
 use pingora::protocols::http::v1::client::HttpSession;
 use pingora::{Error, ErrorType, Result};
 
-use crate::pool::{CONNECT, IDLE};
-use crate::table::{Instance, unique};
+use crate::pool::Checkout;
+use crate::table::Instance;
 
 /// Most that is read of an answer's body; real ones have a few hundred bytes.
 const BODY_LIMIT: usize = 256 * 1024;
-
-/// Unused connections that a caller keeps.
-pub const KEPT: usize = 128;
 
 /// The address that an instance listens on.
 pub fn address(port: u16) -> SocketAddr {
@@ -39,12 +37,16 @@ pub struct Answer {
 /// Makes the calls. One serves the whole process.
 pub struct Caller {
     connector: Connector,
+    /// Whether it may use kept connections again, and leave some behind.
+    keeps: bool,
 }
 
-impl Default for Caller {
-    fn default() -> Self {
+impl Caller {
+    /// One that keeps connections, or has a new one for each call.
+    pub fn new(keeps: bool) -> Caller {
         Caller {
-            connector: Connector::new(Some(ConnectorOptions::new(KEPT))),
+            connector: Connector::new(None),
+            keeps,
         }
     }
 }
@@ -66,22 +68,20 @@ impl Caller {
             if let Some(cookie) = cookie {
                 request.insert_header(header::COOKIE, cookie)?;
             }
-            let mut kept = peer(instance.port, instance.generation);
-            kept.options.idle_timeout = Some(IDLE);
-            let (session, reused) = self.connector.get_http_session(&kept).await?;
+            let checkout = Checkout::new(self.keeps.then(|| instance.pool.clone()));
+            let is_reused = checkout.is_reused();
+            let peer = peer(instance, Arc::new(checkout));
+            let (session, _) = self.connector.get_http_session(&peer).await?;
             match exchange(session, &request).await {
                 Ok((answer, session)) => {
                     self.connector
-                        .release_http_session(session, &kept, kept.options.idle_timeout)
+                        .release_http_session(session, &peer, None)
                         .await;
                     Ok(answer)
                 }
                 // The instance may have closed the kept connection at that very moment.
-                Err(_) if reused => {
-                    let (session, _) = self
-                        .connector
-                        .get_http_session(&peer(instance.port, unique()))
-                        .await?;
+                Err(_) if is_reused => {
+                    let session = self.connect(instance).await?;
                     Ok(exchange(session, &request).await?.0)
                 }
                 Err(error) => Err(error),
@@ -99,16 +99,19 @@ impl Caller {
         let mut request = request(Method::POST, path, instance.port)?;
         request.insert_header(header::CONTENT_TYPE, "application/json")?;
         request.insert_header(header::CONTENT_LENGTH, body.len())?;
-        let (mut session, _) = self
-            .connector
-            .get_http_session(&peer(instance.port, unique()))
-            .await?;
+        let mut session = self.connect(instance).await?;
         let (status, headers) = ask(&mut session, &request, body).await?;
         Ok(Answer {
             status,
             headers,
             body: Vec::new(),
         })
+    }
+
+    /// A connection of its own.
+    async fn connect(&self, instance: &Instance) -> Result<HttpSession> {
+        let peer = peer(instance, Arc::new(Checkout::new(None)));
+        Ok(self.connector.get_http_session(&peer).await?.0)
     }
 }
 
@@ -126,11 +129,10 @@ pub async fn within<T>(limit: Duration, call: impl Future<Output = Result<T>>) -
     }
 }
 
-/// The peer on loopback. Connections are shared only between peers of the same `group`.
-pub fn peer(port: u16, group: u64) -> HttpPeer {
-    let mut peer = HttpPeer::new(address(port), false, String::new());
-    peer.group_key = group;
-    peer.options.total_connection_timeout = Some(CONNECT);
+/// The instance as a place that `connect` opens connections to. None of them meets Pingora's own pool.
+pub fn peer(instance: &Instance, connect: Arc<dyn Connect + Send + Sync>) -> HttpPeer {
+    let mut peer = HttpPeer::new(address(instance.port), false, String::new());
+    peer.options.custom_l4 = Some(connect);
     peer
 }
 

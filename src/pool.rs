@@ -28,10 +28,10 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 /// How long an unused connection to an instance is kept. An instance closes it after five seconds, so it must be
 /// given up well before.
-pub const IDLE: Duration = Duration::from_millis(3500);
+const IDLE: Duration = Duration::from_millis(3500);
 
 /// How long connecting over loopback may take.
-pub const CONNECT: Duration = Duration::from_secs(5);
+const CONNECT: Duration = Duration::from_secs(5);
 
 /// How many more connections may be kept, at all instances together.
 static ROOM: Semaphore = Semaphore::const_new(0);
@@ -108,7 +108,7 @@ async fn give_up(pool: Weak<Pool>) {
 /// Opens a connection to an instance.
 ///
 /// # Errors
-/// When nobody listens there, or nobody answers within [`CONNECT`].
+/// When nobody listens there, or nobody answers within five seconds.
 pub async fn dial(address: &SocketAddr) -> Result<TcpStream> {
     let address = address
         .as_inet()

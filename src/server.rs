@@ -20,7 +20,6 @@ use crate::config::{Jwks, Listen, Settings};
 use crate::dispatch::{Dispatcher, requests_in_flight};
 use crate::downstream::{Front, LAST_ANSWERS, LastAnswers};
 use crate::events;
-use crate::instance::KEPT;
 use crate::judge::{self, Judge};
 use crate::jwt::{KeyError, Keys, Refresher, Tokens};
 use crate::ledger::{self, Ledger};
@@ -164,10 +163,7 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
     let tokens = keys.clone().map(Tokens::new);
     let each = server.configuration.upstream_keepalive_pool_size;
     let kept = each.saturating_mul(server.configuration.threads);
-    let most = room(
-        dispatch.max_connections as usize,
-        kept.saturating_add(2 * KEPT),
-    );
+    let most = room(dispatch.max_connections as usize, kept);
     pool::make_room(kept);
     let dispatcher = Dispatcher::new(dispatch.clone(), tables.clone(), tokens, most);
     let front = Front::new(

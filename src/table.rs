@@ -42,8 +42,7 @@ pub struct Instance {
     pub os_user: Box<str>,
     /// The loopback port that it listens on.
     pub port: u16,
-    /// Number that no other instance in this process has had, so that connections kept for session checks are never shared with a
-    /// successor on the same port.
+    /// Number that no other instance in this process has had.
     pub generation: u64,
     /// The name of its session cookie.
     pub cookie: CookieName,

@@ -59,7 +59,8 @@ impl ServeLegs {
     pub fn new(path: String, heartbeat: Duration, stall: Duration, limit: Duration) -> ServeLegs {
         ServeLegs {
             asker: Arc::new(Asker {
-                caller: Caller::default(),
+                // Signs of life come further apart than connections are kept.
+                caller: Caller::new(false),
                 path,
                 stall,
                 limit,
