@@ -181,7 +181,7 @@ pub fn peer_for(
         (peer, false)
     } else {
         let keep = method.is_idempotent() && !shape.body;
-        let checkout = Checkout::new(keep.then(|| instance.pool.clone()));
+        let checkout = Checkout::new(keep.then(|| instance.pool()));
         let is_reused = checkout.is_reused();
         (peer(instance, Arc::new(checkout)), is_reused)
     };

@@ -68,7 +68,7 @@ impl Caller {
             if let Some(cookie) = cookie {
                 request.insert_header(header::COOKIE, cookie)?;
             }
-            let checkout = Checkout::new(self.keeps.then(|| instance.pool.clone()));
+            let checkout = Checkout::new(self.keeps.then(|| instance.pool()));
             let is_reused = checkout.is_reused();
             let peer = peer(instance, Arc::new(checkout));
             let (session, _) = self.connector.get_http_session(&peer).await?;

@@ -7,8 +7,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::marker::PhantomData;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
@@ -46,8 +46,8 @@ pub struct Instance {
     pub generation: u64,
     /// The name of its session cookie.
     pub cookie: CookieName,
-    /// Connections to it that nobody uses.
-    pub pool: Arc<Pool>,
+    /// Connections to it that nobody uses. Most instances of a large table have never had any.
+    pool: OnceLock<Arc<Pool>>,
     /// Requests and tunnels that are under way.
     under_way: AtomicUsize,
 }
@@ -59,9 +59,14 @@ impl Instance {
             port,
             generation: unique(),
             cookie: CookieName::default(),
-            pool: Arc::default(),
+            pool: OnceLock::new(),
             under_way: AtomicUsize::new(0),
         }
+    }
+
+    /// The connections to it that nobody uses.
+    pub fn pool(&self) -> Arc<Pool> {
+        self.pool.get_or_init(Arc::default).clone()
     }
 
     /// A place for a request or a tunnel, if fewer than `most` are under way.
