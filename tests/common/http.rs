@@ -109,6 +109,17 @@ impl Client {
         }
     }
 
+    /// The head of the next request, as a server reads it, unless the connection ends before.
+    pub async fn read_request(&mut self) -> Option<Head> {
+        loop {
+            if let Some((head, length)) = Head::parse(&self.unread) {
+                self.unread.drain(..length);
+                return Some(head);
+            }
+            self.fill().await.ok()?;
+        }
+    }
+
     /// The next final response's head; interim ones are passed over.
     pub async fn read_head(&mut self) -> io::Result<(u16, Head)> {
         loop {

@@ -7,7 +7,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
 use super::frames::Frame;
-use super::http::{self, Client, Head};
+use super::http::{self, Client};
 
 /// The answer to a handshake.
 pub const SWITCH: &str =
@@ -33,14 +33,7 @@ impl RawInstance {
                         stream,
                         unread: Vec::new(),
                     };
-                    loop {
-                        let Some((head, length)) = Head::parse(&client.unread) else {
-                            match client.stream.read_buf(&mut client.unread).await {
-                                Ok(0) | Err(_) => return,
-                                Ok(_) => continue,
-                            }
-                        };
-                        client.unread.drain(..length);
+                    while let Some(head) = client.read_request().await {
                         if head.get("upgrade").is_some() {
                             client.send(SWITCH).await.unwrap();
                             let _ = tell.send(client.stream);

@@ -4,11 +4,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
 
 use crate::common::dispatcher::{Dispatcher, Setup, wait_for};
-use crate::common::http::{Client, Head, Reply};
+use crate::common::http::{Client, Reply};
 use crate::common::mint;
 use crate::world::from;
 
@@ -60,14 +59,7 @@ impl Counting {
         let unread = Vec::new();
         let mut client = Client { stream, unread };
         let mut is_last = false;
-        loop {
-            let Some((head, length)) = Head::parse(&client.unread) else {
-                match client.stream.read_buf(&mut client.unread).await {
-                    Ok(0) | Err(_) => return,
-                    Ok(_) => continue,
-                }
-            };
-            client.unread.drain(..length);
+        while let Some(head) = client.read_request().await {
             let path = head.target();
             let is_check = path == "/api/auth/session";
             if !is_check {
