@@ -162,6 +162,9 @@ impl Crowd {
         };
         let mut body = vec![0; length];
         stream.read_exact(&mut body).await?;
+        if text.contains("\r\nconnection: close\r\n") {
+            *kept = None;
+        }
         Ok(())
     }
 }
