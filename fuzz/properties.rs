@@ -256,8 +256,12 @@ fn write_dispatch(dispatch: &Dispatch) -> String {
     }
     let token = dispatch.probe.token.as_ref();
     let listen: Vec<String> = dispatch.listen.iter().map(Listen::to_string).collect();
-    let jwt = dispatch.identity.jwt.as_ref().map(|jwt| {
-        json!({
+    let mut identity = json!({
+        "header": dispatch.identity.header.as_str(),
+        "trusted_proxies": dispatch.identity.trusted_proxies,
+    });
+    if let Some(jwt) = &dispatch.identity.jwt {
+        identity["jwt"] = json!({
             "header": jwt.header.as_str(),
             "jwks": jwt.jwks.to_string(),
             "algorithms": jwt.algorithms,
@@ -265,8 +269,8 @@ fn write_dispatch(dispatch: &Dispatch) -> String {
             "audience": jwt.audience,
             "claim": jwt.claim,
             "refresh": time(jwt.refresh),
-        })
-    });
+        });
+    }
     // JSON is YAML.
     json!({ "dispatch": {
         "listen": listen,
@@ -277,11 +281,7 @@ fn write_dispatch(dispatch: &Dispatch) -> String {
         "admin": dispatch.admin,
         "table": dispatch.table,
         "table_poll": time(dispatch.table_poll),
-        "identity": {
-            "header": dispatch.identity.header.as_str(),
-            "trusted_proxies": dispatch.identity.trusted_proxies,
-            "jwt": jwt,
-        },
+        "identity": identity,
         "session": {
             "check_path": dispatch.session.check_path,
             "check_timeout": time(dispatch.session.check_timeout),

@@ -128,7 +128,8 @@ pub fn run(conf: Option<&Path>, user: Option<&str>) -> Report {
         },
     );
     let file = dispatch.table.display().to_string();
-    let table = match Table::load(&dispatch.table, &Table::default()) {
+    let empty = Table::beside(dispatch.own_ports());
+    let table = match Table::load(&dispatch.table, &empty) {
         Ok(table) => {
             report.add("table", Ok(format!("{file}, {} users", table.len())));
             table
@@ -195,9 +196,9 @@ async fn instance_row(name: String, instance: &Instance, caller: &Caller, check_
     facts.insert("os_user".into(), json!(instance.os_user));
     facts.insert("port".into(), json!(instance.port));
     let found = async {
-        if name.contains('@') || name.is_empty() {
+        if name.is_empty() || name != name.trim() || name.contains('@') {
             return Err(
-                "can never be asked for: a name ends before its first @ and is not empty".into(),
+                "can never be asked for: a name ends before its first @, is not empty, and has no blanks around it".into(),
             );
         }
         let unanswered = |error: Box<pingora::Error>| {

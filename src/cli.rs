@@ -1,6 +1,6 @@
 //! The command line: what was typed, then what it means.
 
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -12,6 +12,7 @@ use crate::config::Settings;
 use crate::explain::{self, Question};
 use crate::probe::{self, Show, settings, view};
 use crate::server::{self, Start};
+use crate::stderr::Stderr;
 use crate::table::Table;
 use crate::upgrade;
 
@@ -192,7 +193,7 @@ pub fn main() -> ExitCode {
 fn replace(file: Option<&Path>) -> Result<(), String> {
     let settings = Settings::load(file).map_err(|error| error.to_string())?;
     let table = &settings.dispatch.table;
-    Table::load(table, &Table::default())
+    Table::load(table, &Table::beside(settings.dispatch.own_ports()))
         .map_err(|error| format!("{}: {error}", table.display()))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -229,13 +230,13 @@ fn report(outcome: Result<(), String>) -> ExitCode {
 fn start_log(to_view: bool) {
     let default =
         env_logger::Env::default().default_filter_or("info,pingora=warn,pingora_proxy=off");
-    let target = if to_view {
-        env_logger::Target::Pipe(Box::new(view::Above))
+    let way: Box<dyn io::Write + Send> = if to_view {
+        Box::new(view::Above)
     } else {
-        env_logger::Target::Stderr
+        Box::new(Stderr::default())
     };
     env_logger::Builder::from_env(default)
-        .target(target)
+        .target(env_logger::Target::Pipe(way))
         .format(|line, record| {
             // On their finer levels libraries write whole requests, cookies and tokens included, whatever RUST_LOG asks for.
             if !record.target().starts_with("t3_dispatch") && record.level() > Level::Info {

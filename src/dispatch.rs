@@ -52,7 +52,6 @@ struct Inner {
 
 /// What is known of one request so far.
 pub struct Ctx {
-    _in_flight: InFlight,
     start: Instant,
     /// Its place among what is under way at the instance.
     place: Option<Place>,
@@ -60,13 +59,13 @@ pub struct Ctx {
     found: Option<(String, Arc<Instance>)>,
     /// The books of the WebSocket that it asks for, which are closed when this is dropped.
     tunnel: Option<Arc<Tunnel>>,
-    /// What its headers say of how it is passed on.
+    /// What its headers say of how it is passed on; no upgrade but one to a WebSocket.
     shape: Shape,
-    /// Whether it asks for a WebSocket.
-    upgrade: bool,
     /// Whether it goes over a connection that was used before.
     reused: bool,
     outcome: Option<Outcome>,
+    /// Goes last: the process may end once it is gone, and the books have to be closed by then.
+    _in_flight: InFlight,
 }
 
 /// What is to be done with a request.
@@ -150,17 +149,17 @@ impl Inner {
             _ => {}
         }
         let (user, instance) = self.find(session).await?;
-        if page::is_ours(request.uri.path()) {
-            return Ok(Step::Page(user));
-        }
-        let upgrade = ctx.upgrade;
-        let origins = &self.settings.tunnels.allowed_origins;
-        if upgrade && !forward::is_origin_allowed(&request.headers, origins) {
-            return Err((Refusal::CrossOrigin, Some(user)));
-        }
         ctx.place = instance.enter(self.most_each);
         if ctx.place.is_none() {
             return Err((Refusal::InstanceBusy, Some(user)));
+        }
+        if page::is_ours(request.uri.path()) {
+            return Ok(Step::Page(user));
+        }
+        let upgrade = ctx.shape.upgrade;
+        let origins = &self.settings.tunnels.allowed_origins;
+        if upgrade && !forward::is_origin_allowed(&request.headers, origins) {
+            return Err((Refusal::CrossOrigin, Some(user)));
         }
         let at_once = instance.cookie.is_known()
             && !is_document_navigation(&request.method, &request.headers);
@@ -466,15 +465,14 @@ impl ProxyHttp for Dispatcher {
 
     fn new_ctx(&self) -> Ctx {
         Ctx {
-            _in_flight: InFlight::enter(),
             start: Instant::now(),
             place: None,
             found: None,
             tunnel: None,
             shape: Shape::default(),
-            upgrade: false,
             reused: false,
             outcome: None,
+            _in_flight: InFlight::enter(),
         }
     }
 
@@ -483,9 +481,11 @@ impl ProxyHttp for Dispatcher {
 
     async fn early_request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> Result<()> {
         let shape = Shape::of(&session.req_header().headers);
-        ctx.shape = shape;
         let tunnel = shape.upgrade && forward::is_websocket(session.req_header());
-        ctx.upgrade = tunnel;
+        ctx.shape = Shape {
+            upgrade: tunnel,
+            ..shape
+        };
         head_is_read(tunnel);
         // Neither an upload that pauses nor a silent WebSocket is ended by us.
         session.set_read_timeout(None);
@@ -498,9 +498,19 @@ impl ProxyHttp for Dispatcher {
         if shape.coding || shape.upgrade {
             session.set_keepalive(None);
         }
-        if shape.upgrade && !tunnel {
+        let request = session.req_header_mut();
+        if tunnel {
+            // Pingora sees no WebSocket in a list of offers.
+            if request
+                .headers
+                .get(header::UPGRADE)
+                .is_none_or(|offer| offer != "websocket")
+            {
+                request.insert_header(header::UPGRADE, "websocket")?;
+            }
+        } else if shape.upgrade {
             // Pingora would make a tunnel of less than a whole WebSocket handshake.
-            session.req_header_mut().remove_header(&header::UPGRADE);
+            request.remove_header(&header::UPGRADE);
         }
         Ok(())
     }
@@ -517,9 +527,10 @@ impl ProxyHttp for Dispatcher {
     async fn upstream_peer(&self, session: &mut Session, ctx: &mut Ctx) -> Result<Box<HttpPeer>> {
         match &ctx.found {
             Some((_, instance)) => {
-                let method = &session.req_header().method;
+                // Once is enough: Pingora would go on until every kept connection had failed it.
+                let may_repeat = session.req_header().method.is_idempotent() && !ctx.reused;
                 let (peer, reused) =
-                    forward::peer_for(instance, method, ctx.shape, ctx.tunnel.as_ref());
+                    forward::peer_for(instance, may_repeat, ctx.shape, ctx.tunnel.as_ref());
                 ctx.reused = reused;
                 Ok(Box::new(peer))
             }
@@ -572,13 +583,13 @@ impl ProxyHttp for Dispatcher {
         ctx: &mut Ctx,
     ) -> Result<()> {
         let version = session.req_header().version;
-        forward::response_head(response, version).map_err(|error| error.into_up())?;
         if response.status == StatusCode::SWITCHING_PROTOCOLS
             && !(ctx.tunnel.is_some() && forward::switches_to_websocket(response))
         {
             return Error::e_explain(ErrorType::InvalidHTTPHeader, "a 101 that nobody asked for")
                 .map_err(|error: Box<Error>| error.into_up());
         }
+        forward::response_head(response, version).map_err(|error| error.into_up())?;
         // Such a body ends with the connection, which Pingora finds out only after it has promised to keep it.
         if version < Version::HTTP_11 && !response.headers.contains_key(header::CONTENT_LENGTH) {
             session.set_keepalive(None);
@@ -587,7 +598,7 @@ impl ProxyHttp for Dispatcher {
             match response.status {
                 StatusCode::SWITCHING_PROTOCOLS => tunnel.open(),
                 status if status.is_informational() => {}
-                _ => tunnel.end(Side::Instance, How::Refused),
+                _ => tunnel.refused(),
             }
         }
         if !response.status.is_informational() {

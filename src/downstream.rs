@@ -5,7 +5,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -46,6 +46,10 @@ pub const LAST_ANSWERS: Duration = Duration::from_secs(3);
 /// connection, and the answer may be lost with it.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: u64 = 1024 * 1024;
+
+/// How much of what a client sends behind a request is read before there is an answer. Whoever sends more is not heard to leave
+/// until then.
+const EARLY: usize = 64 * 1024;
 
 tokio::task_local! {
     static CONNECTION: Arc<Head>;
@@ -323,18 +327,20 @@ impl Guarded {
         read
     }
 
-    /// Waits for the end of the connection, and keeps what comes instead.
+    /// Waits for the end of the connection, and keeps what comes instead: the end may be behind it.
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.rest.is_empty() {
-            let mut byte = [0];
-            let mut buf = ReadBuf::new(&mut byte);
-            ready!(Pin::new(self.stream_mut()).poll_read(cx, &mut buf))?;
-            if buf.filled().is_empty() {
-                return Poll::Ready(Ok(()));
+        let mut bytes = [0; 512];
+        while self.rest.len() < EARLY {
+            let mut buf = ReadBuf::new(&mut bytes);
+            match Pin::new(self.stream_mut()).poll_read(cx, &mut buf)? {
+                Poll::Ready(()) if buf.filled().is_empty() => return Poll::Ready(Ok(())),
+                Poll::Ready(()) => self.rest.extend_from_slice(buf.filled()),
+                Poll::Pending => break,
             }
-            self.rest.extend_from_slice(buf.filled());
         }
-        self.waker = Some(cx.waker().clone());
+        if !self.rest.is_empty() {
+            self.waker = Some(cx.waker().clone());
+        }
         Poll::Pending
     }
 

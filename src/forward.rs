@@ -12,6 +12,7 @@ use pingora::protocols::http::authority::{RawTargetAuthority, raw_target_authori
 use pingora::upstreams::peer::HttpUpstreamRequestPolicy;
 use pingora::{Error, ErrorType, Result};
 
+use crate::config::url;
 use crate::gate::GatedConnect;
 use crate::instance::peer;
 use crate::pool::Checkout;
@@ -43,15 +44,8 @@ impl Shape {
                 "content-length" => shape.body |= value != "0",
                 "transfer-encoding" => (shape.coding, shape.body) = (true, true),
                 "upgrade" => shape.upgrade = true,
-                "connection"
-                | "http2-settings"
-                | "keep-alive"
-                | "proxy-authenticate"
-                | "proxy-authorization"
-                | "proxy-connection"
-                | "te"
-                | "trailer" => shape.hop_by_hop = true,
-                _ => {}
+                "connection" | "http2-settings" => shape.hop_by_hop = true,
+                name => shape.hop_by_hop |= is_hop_by_hop(name),
             }
         }
         shape.hop_by_hop |= shape.coding || shape.upgrade;
@@ -106,9 +100,10 @@ fn is_host(bytes: &[u8]) -> bool {
         .is_ok_and(|authority| authority.as_str() == authority.host() || authority.port().is_some())
 }
 
-/// Whether a 101 says that what follows is a WebSocket.
+/// Whether a 101 says that what follows is a WebSocket. HTTP/1.0 has none, and Pingora would switch on one side only.
 pub fn switches_to_websocket(response: &ResponseHeader) -> bool {
-    has_token(&response.headers, header::UPGRADE, "websocket")
+    response.version == Version::HTTP_11
+        && has_token(&response.headers, header::UPGRADE, "websocket")
 }
 
 fn has_token(headers: &HeaderMap, name: HeaderName, token: &str) -> bool {
@@ -146,31 +141,28 @@ pub fn is_origin_allowed(headers: &HeaderMap, allowed: &[String]) -> bool {
         return false;
     };
     let origin = origin.to_ascii_lowercase();
-    if allowed.contains(&origin) {
+    let Some((scheme, from)) = url::origin(&origin) else {
+        return false;
+    };
+    if allowed.contains(&format!("{scheme}://{from}")) {
         return true;
     }
-    let default_port = match origin.split_once("://") {
-        Some(("http", _)) => ":80",
-        Some(("https", _)) => ":443",
-        _ => return false,
-    };
-    let without_default = |host: &str| host.strip_suffix(default_port).unwrap_or(host).to_owned();
     let host = headers
         .get(header::HOST)
         .and_then(|host| host.to_str().ok())
-        .unwrap_or_default();
-    let (_, from) = origin.split_once("://").unwrap_or_default();
-    !from.is_empty() && without_default(from) == without_default(&host.to_ascii_lowercase())
+        .unwrap_or_default()
+        .to_ascii_lowercase();
+    !from.is_empty() && url::without_default_port(scheme, &host) == Some(from)
 }
 
 /// The peer for a request to `instance`, and whether that is a connection which was used before.
 ///
 /// A kept connection may be closed by the instance at the moment it is used again. Pingora then repeats the request,
-/// but only where that does no harm and nothing of a body is lost; every other request gets a connection of its own.
+/// but only where that `may_repeat` and nothing of a body is lost; every other request gets a connection of its own.
 /// So does an upgrade: an instance that refuses one says `keep-alive` and closes.
 pub fn peer_for(
     instance: &Instance,
-    method: &Method,
+    may_repeat: bool,
     shape: Shape,
     tunnel: Option<&Arc<Tunnel>>,
 ) -> (HttpPeer, bool) {
@@ -180,7 +172,7 @@ pub fn peer_for(
         peer.options.tcp_keepalive = Some(keepalive());
         (peer, false)
     } else {
-        let keep = method.is_idempotent() && !shape.body;
+        let keep = may_repeat && !shape.body;
         let checkout = Checkout::new(keep.then(|| instance.pool()));
         let is_reused = checkout.is_reused();
         (peer(instance, Arc::new(checkout)), is_reused)
@@ -235,9 +227,8 @@ pub fn add_client(request: &mut RequestHeader, client: &str) -> Result<()> {
     request.insert_header("X-Forwarded-For", chain)
 }
 
-/// Whether a header of a response must not reach the client: those that belong to one connection (RFC 9110, section 7.6.1),
-/// as far as Pingora leaves them there, and the one that tells whose answer a refusal is, which must be ours.
-fn has_to_go(name: &str) -> bool {
+/// Whether a header belongs to one connection (RFC 9110, section 7.6.1), whichever way it goes.
+fn is_hop_by_hop(name: &str) -> bool {
     matches!(
         name,
         "keep-alive"
@@ -247,7 +238,13 @@ fn has_to_go(name: &str) -> bool {
             | "te"
             | "trailer"
             | "upgrade"
-    ) || name.eq_ignore_ascii_case(ERROR_HEADER)
+    )
+}
+
+/// Whether a header of a response must not reach the client: those that belong to one connection, as far as Pingora leaves them
+/// there, and the one that tells whose answer a refusal is, which must be ours.
+fn has_to_go(name: &str) -> bool {
+    is_hop_by_hop(name) || name.eq_ignore_ascii_case(ERROR_HEADER)
 }
 
 /// Readies the head of a response for the client, which spoke `version`.

@@ -114,9 +114,18 @@ fn the_only<'a>(
     let mut found = headers.iter().filter(|(name, _)| looks_like(name, header));
     match (found.next(), found.next()) {
         (None, _) => Ok(None),
-        (Some((name, value)), None) if name == header => Ok(Some(value)),
+        (Some((name, value)), None) if name == header && !is_joined(value) => Ok(Some(value)),
         _ => Err(IdentityError::Ambiguous(header.clone())),
     }
+}
+
+/// Whether there are two people behind the first `@`, which ends the name of one: some servers join two lines to one, with a comma
+/// (RFC 9110, section 5.3).
+fn is_joined(value: &HeaderValue) -> bool {
+    let bytes = value.as_bytes().iter();
+    bytes
+        .skip_while(|byte| **byte != b'@')
+        .any(|byte| *byte == b',')
 }
 
 fn name(value: &HeaderValue) -> Result<&str, IdentityError> {
@@ -243,6 +252,14 @@ mod tests {
             ("X-Authentik-Username", "alice"),
         ];
         assert_eq!(ask("127.0.0.1", &twice), ambiguous);
+        for joined in [
+            "alice@example.com, bob@example.com",
+            "alice@,bob",
+            "alice@example.com,",
+        ] {
+            let joined = [("x-authentik-username", joined)];
+            assert_eq!(ask("127.0.0.1", &joined), ambiguous, "{joined:?}");
+        }
         for other in [
             "X_authentik_username",
             "X-Authentik.Username",

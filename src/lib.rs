@@ -50,6 +50,7 @@ pub mod refuse;
 pub mod room;
 pub mod server;
 pub mod session;
+pub mod stderr;
 pub mod story;
 pub mod table;
 pub mod tunnel;

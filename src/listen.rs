@@ -2,13 +2,14 @@
 
 use std::fs::Permissions;
 use std::io;
-use std::net::TcpListener;
+use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, chown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::unistd::{Gid, Group};
 use pingora::listeners::{L4BufferSettings, ListenerConfig, TcpSocketOptions};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
 
 use crate::config::{Dispatch, Listen};
 use crate::forward::keepalive;
@@ -121,7 +122,8 @@ pub fn is_free(key: &str) -> io::Result<()> {
     if key.starts_with('/') {
         try_socket(Path::new(key))
     } else {
-        TcpListener::bind(key).map(drop)
+        let address = key.parse().map_err(io::Error::other)?;
+        try_address(address)
     }
 }
 
@@ -149,25 +151,20 @@ pub fn try_all(settings: &Dispatch, access: &Access) -> Result<(), ListenError> 
     let places = settings.listen.iter().cloned();
     let places = places.map(|place| ("dispatch.listen", place));
     let admin = ("dispatch.admin", Listen::Tcp(settings.admin));
-    // Held until all have been tried: two may want the same.
-    let mut held = Vec::new();
     for (key, address) in places.chain([admin]) {
         let tried = match &address {
-            Listen::Tcp(address) => TcpListener::bind(address).map(Some),
-            Listen::Unix(path) => try_socket(path).map(|()| None),
+            Listen::Tcp(address) => try_address(*address),
+            Listen::Unix(path) => try_socket(path),
         };
-        match tried {
-            Ok(listener) => held.extend(listener),
-            Err(error) => {
-                return Err(ListenError::Address {
-                    key,
-                    address,
-                    error,
-                });
-            }
+        if let Err(error) = tried {
+            return Err(ListenError::Address {
+                key,
+                address,
+                error,
+            });
         }
         if let Listen::Unix(path) = &address {
-            let trial = path.with_extension(format!("{}.trial", std::process::id()));
+            let trial = path.with_file_name(format!(".{}", std::process::id()));
             let given = UnixListener::bind(&trial)
                 .map_err(|error| ListenError::Address {
                     key,
@@ -180,6 +177,17 @@ pub fn try_all(settings: &Dispatch, access: &Access) -> Result<(), ListenError> 
         }
     }
     Ok(())
+}
+
+/// Whether an address can be taken. It is not listened on for that: whoever connected meanwhile would be cut off.
+fn try_address(address: SocketAddr) -> io::Result<()> {
+    let family = match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    };
+    let socket = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    Ok(bind(&socket, &address)?)
 }
 
 /// Whether a socket can be made there. Pingora removes what is in the way.

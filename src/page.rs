@@ -8,6 +8,7 @@ use pingora::http::ResponseHeader;
 use pingora::proxy::Session;
 use serde_json::json;
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
 use crate::config::Dispatch;
 use crate::evidence::clock;
@@ -27,6 +28,18 @@ const MOST: usize = 500;
 
 /// Readings of the ledger at once: it is a large file, and people reload.
 static READERS: Semaphore = Semaphore::const_new(2);
+
+/// How long one waits for its turn. Whoever has left by then is not told from the others.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+const BUSY: (StatusCode, &str) = (
+    StatusCode::SERVICE_UNAVAILABLE,
+    "too many read the ledger; try again shortly\n",
+);
+const UNREADABLE: (StatusCode, &str) = (
+    StatusCode::INTERNAL_SERVER_ERROR,
+    "the ledger cannot be read\n",
+);
 
 /// Whether the path is one of ours.
 pub fn is_ours(path: &str) -> bool {
@@ -63,14 +76,7 @@ pub async fn serve(session: &mut Session, user: &str, settings: &Dispatch) -> Re
                 header.insert_header("X-Content-Type-Options", "nosniff")?;
                 answer(session, header, body.into()).await
             }
-            Err(()) => {
-                plain(
-                    session,
-                    StatusCode::INTERNAL_SERVER_ERROR,
-                    "the ledger cannot be read\n",
-                )
-                .await
-            }
+            Err((status, text)) => plain(session, status, text).await,
         },
         _ => {
             plain(
@@ -126,9 +132,10 @@ fn nonce() -> String {
     format!("{:016x}{:016x}", part(), part())
 }
 
-/// The person's drops as the page reads them.
-async fn drops(user: &str, settings: &Dispatch) -> Result<Vec<u8>, ()> {
-    let _place = READERS.acquire().await.map_err(drop)?;
+/// The person's drops as the page reads them, or what to say instead.
+async fn drops(user: &str, settings: &Dispatch) -> Result<Vec<u8>, (StatusCode, &'static str)> {
+    let place = timeout(PATIENCE, READERS.acquire()).await;
+    let _place = place.map_err(|_| BUSY)?.map_err(|_| UNREADABLE)?;
     let ledger = Ledger {
         path: settings.tunnels.ledger.clone(),
         limit: u64::MAX,
@@ -138,7 +145,8 @@ async fn drops(user: &str, settings: &Dispatch) -> Result<Vec<u8>, ()> {
     let since = now - DAY;
     let story =
         tokio::task::spawn_blocking(move || Story::read(&ledger, &rules, Some(&who), since));
-    let story = story.await.map_err(drop)?.map_err(drop)?;
+    let story = story.await.map_err(|_| UNREADABLE)?;
+    let story = story.map_err(|_| UNREADABLE)?;
     let edge = edge_name(&settings.probe.edge_leg);
     let time = |at| humantime::format_rfc3339_millis(at).to_string();
     let told: Vec<_> = story

@@ -10,12 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use http::{HeaderValue, StatusCode, header};
+use pingora::ErrorType;
 use tokio::sync::{Semaphore, watch};
 
 use crate::config::Pairing;
 use crate::events;
-use crate::instance::{Caller, within};
+use crate::instance::{Caller, address, within};
 use crate::mint::{Credential, MintError, mint};
+use crate::pool::dial;
 use crate::refuse::Refusal;
 use crate::session::session_cookie_set;
 use crate::table::Instance;
@@ -44,6 +46,9 @@ pub enum PairError {
     /// There is no credential.
     #[error(transparent)]
     Mint(#[from] MintError),
+    /// Nobody listens where the instance should.
+    #[error("nobody listens on the instance's port {0}: nothing was minted")]
+    Down(u16),
     /// No endpoint could be reached, or all of them were absent.
     #[error("no pairing endpoint of the instance answered: {0}")]
     Unreachable(String),
@@ -81,7 +86,7 @@ impl PairError {
         match self {
             PairError::Mint(MintError::Failed(_)) => "mint_failed",
             PairError::Mint(MintError::Unparseable(_)) => "mint_unparseable",
-            PairError::Unreachable(_) => "bootstrap_failed",
+            PairError::Down(_) | PairError::Unreachable(_) => "bootstrap_failed",
             PairError::Rejected { .. } => "bootstrap_rejected",
             PairError::NoCookie { .. } => "bootstrap_no_cookie",
             PairError::Busy => "busy",
@@ -105,7 +110,7 @@ impl PairError {
         match self {
             PairError::Mint(MintError::Failed(_)) => Refusal::MintFailed,
             PairError::Mint(MintError::Unparseable(_)) => Refusal::MintUnparseable,
-            PairError::Unreachable(_) => Refusal::BootstrapFailed,
+            PairError::Down(_) | PairError::Unreachable(_) => Refusal::BootstrapFailed,
             PairError::Rejected { .. } => Refusal::BootstrapRejected,
             PairError::NoCookie { .. } => Refusal::BootstrapNoCookie,
             PairError::Busy => Refusal::PairingBusy,
@@ -244,9 +249,9 @@ impl Pairer {
         let mut all = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
         let turns = all.entry(whose).or_default();
         turns.running = None;
-        turns.failure = outcome.as_ref().err().cloned();
-        // What did not get its turn has not minted.
-        if !matches!(outcome, Err(PairError::Busy)) {
+        // These have not minted.
+        if !matches!(outcome, Err(PairError::Busy | PairError::Down(_))) {
+            turns.failure = outcome.as_ref().err().cloned();
             turns.recent.push_back(Instant::now());
         }
         all.retain(|_, turns| {
@@ -256,6 +261,12 @@ impl Pairer {
     }
 
     async fn run(&self, instance: &Instance) -> Result<Paired, PairError> {
+        // After a restart of the machine everybody's page tries again and again, and each mint would be for nothing.
+        if let Err(error) = dial(&address(instance.port).into()).await
+            && *error.etype() == ErrorType::ConnectRefused
+        {
+            return Err(PairError::Down(instance.port));
+        }
         // The semaphore is fair: turns come in the order of asking.
         let place = tokio::time::timeout(TURN, self.places.acquire()).await;
         let place = place

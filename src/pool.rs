@@ -173,7 +173,6 @@ impl Connect for Checkout {
         let line = Line {
             stream: Some(stream),
             pool: self.pool.clone(),
-            is_over: false,
         };
         Ok(VirtualSocketStream::new(Box::new(line)).into())
     }
@@ -182,24 +181,17 @@ impl Connect for Checkout {
 /// A connection, as Pingora has it for one request.
 #[derive(Debug)]
 struct Line {
-    /// Always there, until it is dropped.
+    /// There until Pingora is done with it, and it can be used again.
     stream: Option<TcpStream>,
     pool: Option<Arc<Pool>>,
-    /// Whether Pingora is done with it, and it can be used again.
-    is_over: bool,
 }
 
 impl Line {
-    fn stream(&mut self) -> Pin<&mut TcpStream> {
-        Pin::new(self.stream.as_mut().expect("it is there until the drop"))
-    }
-}
-
-impl Drop for Line {
-    fn drop(&mut self) {
-        if let (true, Some(stream), Some(pool)) = (self.is_over, self.stream.take(), &self.pool) {
-            pool.put(stream);
-        }
+    /// # Errors
+    /// When the request has had it.
+    fn stream(&mut self) -> io::Result<Pin<&mut TcpStream>> {
+        let stream = self.stream.as_mut().map(Pin::new);
+        stream.ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 }
 
@@ -209,9 +201,11 @@ impl AsyncRead for Line {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let read = self.stream().poll_read(cx, buf);
+        let read = self.stream()?.poll_read(cx, buf);
         if read.is_pending() && is_look(cx) {
-            self.is_over = true;
+            if let (Some(stream), Some(pool)) = (self.stream.take(), &self.pool) {
+                pool.put(stream);
+            }
             return Poll::Ready(Ok(()));
         }
         read
@@ -224,15 +218,15 @@ impl AsyncWrite for Line {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.stream().poll_write(cx, bytes)
+        self.stream()?.poll_write(cx, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.stream().poll_flush(cx)
+        self.stream()?.poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.stream().poll_shutdown(cx)
+        self.stream()?.poll_shutdown(cx)
     }
 }
 

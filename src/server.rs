@@ -28,7 +28,7 @@ use crate::mint::end_mints;
 use crate::pool;
 use crate::probe::serve::ServeLegs;
 use crate::room::Room;
-use crate::table::{TableError, Tables, Watcher};
+use crate::table::{Table, TableError, Tables, Watcher};
 use crate::tunnel::live;
 use crate::upgrade::{self, Handover, Keeper, Message, UpgradeError};
 
@@ -77,6 +77,9 @@ pub enum ServeError {
     /// It cannot listen where it should.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// It cannot take over.
+    #[error(transparent)]
+    Upgrade(#[from] UpgradeError),
     /// The process could not be set up.
     #[error("cannot start: {0}")]
     Process(#[from] std::io::Error),
@@ -95,7 +98,8 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
     for warning in warnings {
         events::settings_warning(&warning);
     }
-    let tables = Tables::open(&dispatch.table).map_err(|error| ServeError::Table {
+    let empty = Table::beside(dispatch.own_ports());
+    let tables = Tables::open(&dispatch.table, &empty).map_err(|error| ServeError::Table {
         file: dispatch.table.display().to_string(),
         error,
     })?;
@@ -185,9 +189,13 @@ pub fn serve(settings: Settings, file: Option<&Path>, start: Start) -> Result<()
     );
     admin.threads = Some(1);
     admin.add_tcp(&admin_address);
-    server.add_service(proxy);
+    let proxy = server.add_service(proxy);
     server.add_service(admin);
-    server.add_service(Keeper(handover.clone()));
+    let keeper = server.add_service(Keeper {
+        handover: handover.clone(),
+        after: admin_address,
+    });
+    proxy.add_dependency(keeper);
     server.add_service(background_service(
         "table",
         Watcher::new(tables.clone(), dispatch.table_poll),
@@ -468,15 +476,14 @@ async fn outcome(attempt: &mut Option<Attempt>) -> Result<u32, UpgradeError> {
 impl Signals {
     /// Waits until this process serves, then tells everybody who should know.
     async fn serving(&self, messages: mpsc::Sender<Message>) {
-        let give_up = |error: &dyn std::error::Error| -> ! {
-            events::not_serving(error);
-            std::process::exit(1)
-        };
-        if let Err(error) = self.handover.listening().await {
-            give_up(&error);
-        }
-        if let Err(error) = self.access.grant(&self.listen) {
-            give_up(&error);
+        let listening = self.handover.listening().await;
+        let granted = listening
+            .map_err(ServeError::from)
+            .and_then(|()| Ok(self.access.grant(&self.listen)?));
+        if let Err(error) = granted {
+            events::not_serving(&error);
+            last_words();
+            std::process::exit(1);
         }
         READY.store(true, Ordering::Release);
         match self.handover.word(self.upgraded).await {
@@ -559,6 +566,8 @@ async fn end_tunnels(grace: Duration) {
     live::end_all();
     tokio::time::sleep(Duration::from_millis(100)).await;
     while requests_in_flight() > 0 && Instant::now() < until {
+        // On connections that are kept for the last answers, another may have been opened.
+        live::end_all();
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

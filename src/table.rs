@@ -99,6 +99,8 @@ pub fn unique() -> u64 {
 #[derive(Debug, Default)]
 pub struct Table {
     users: HashMap<Box<str>, Arc<Instance>>,
+    /// Ports on which no instance can be, as it would be the dispatcher itself.
+    ours: Box<[u16]>,
 }
 
 /// Why a table cannot be used.
@@ -116,7 +118,16 @@ pub enum TableError {
 }
 
 impl Table {
-    /// Reads and checks the file. Instances that `old` has too are taken over with what is known of them.
+    /// The table of a dispatcher that listens on these ports of 127.0.0.1, and knows nobody yet.
+    pub fn beside(ours: impl Into<Box<[u16]>>) -> Table {
+        Table {
+            ours: ours.into(),
+            ..Table::default()
+        }
+    }
+
+    /// Reads and checks the file. Instances that `old` has too are taken over with what is known of them, and so are the ports
+    /// that are the dispatcher's own.
     ///
     /// # Errors
     /// When the file cannot be read or any entry breaks a rule; a table is good as a whole or not at all.
@@ -147,6 +158,12 @@ impl Table {
                     continue;
                 }
             };
+            if old.ours.contains(&port) {
+                faults.push(format!(
+                    "{name:?}.port: {port} is t3-dispatch's own (dispatch.listen, dispatch.admin)"
+                ));
+                continue;
+            }
             let (first, instance) = owners[usize::from(port)].get_or_insert_with(|| {
                 let instance = match known[usize::from(port)] {
                     Some(instance) if *instance.os_user == *os_user => instance.clone(),
@@ -166,7 +183,8 @@ impl Table {
             }
         }
         if faults.is_empty() {
-            Ok(Table { users })
+            let ours = old.ours.clone();
+            Ok(Table { users, ours })
         } else {
             Err(TableError::Entries(faults))
         }
@@ -292,13 +310,13 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// Loads the table that the service starts with.
+    /// Loads the table that the service starts with, where there was the `empty` one.
     ///
     /// # Errors
     /// As [`Table::load`].
-    pub fn open(path: &Path) -> Result<Tables, TableError> {
+    pub fn open(path: &Path, empty: &Table) -> Result<Tables, TableError> {
         let text = read(path)?;
-        let table = Table::parse(&text, &Table::default())?;
+        let table = Table::parse(&text, empty)?;
         events::table_good(table.len());
         Ok(Tables {
             path: path.into(),
@@ -474,13 +492,32 @@ impl BackgroundService for Watcher {
 mod tests {
     use super::*;
 
+    #[test]
+    fn no_instance_is_the_dispatcher_itself() {
+        let parse = |old: &Table, port: u16| {
+            let text = format!(r#"{{"alice": {{"os_user": "alice", "port": {port}}}}}"#);
+            Table::parse(text.as_bytes(), old)
+        };
+        let first = parse(&Table::beside([3780, 3781]), 3773).unwrap();
+        for port in [3780, 3781] {
+            let fault = format!(
+                "\"alice\".port: {port} is t3-dispatch's own (dispatch.listen, dispatch.admin)"
+            );
+            assert_eq!(
+                parse(&first, port).unwrap_err(),
+                TableError::Entries(vec![fault])
+            );
+        }
+        assert!(parse(&first, 3782).is_ok());
+    }
+
     /// A request that lets go of a table which is no longer in force leaves it to the watcher to drop it.
     #[tokio::test]
     async fn no_request_drops_a_table() {
         let base = tempfile::TempDir::new().unwrap();
         let path = base.path().join("table.json");
         std::fs::write(&path, r#"{"alice": {"os_user": "alice", "port": 3773}}"#).unwrap();
-        let tables = Arc::new(Tables::open(&path).unwrap());
+        let tables = Arc::new(Tables::open(&path, &Table::default()).unwrap());
         let mut swaps = tables.swaps();
         let watcher = Watcher::new(tables.clone(), Duration::from_secs(60));
         let (_stop, shutdown) = watch::channel(false);

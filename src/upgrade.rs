@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use pingora::server::{ListenFds, ShutdownWatch};
 use pingora::services::{ServiceReadyNotifier, ServiceWithDependents};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::process::{Child, Command};
@@ -29,6 +30,9 @@ const START: Duration = Duration::from_secs(30);
 
 /// How long it must then stay alive before it takes over.
 const PROBATION: Duration = Duration::from_secs(2);
+
+/// How long a successor that is given up has to close what it took.
+const GOODBYE: Duration = Duration::from_secs(3);
 
 /// How long an address may take to be listened on before it is looked into.
 const BIND: Duration = Duration::from_secs(2);
@@ -126,20 +130,26 @@ impl Handover {
     /// When an address is not to be had.
     pub async fn listening(&self) -> Result<(), UpgradeError> {
         let start = Instant::now();
-        while let [address, ..] = self.missing()[..] {
+        loop {
+            let missing = self.missing();
+            if missing.is_empty() {
+                return Ok(());
+            }
             // Pingora tries for half a minute, and then goes on without the address.
-            if start.elapsed() > BIND
-                && self.listeners.get().is_some()
-                && let Err(error) = crate::listen::is_free(address)
-            {
-                return Err(UpgradeError::Listen {
-                    address: address.clone(),
-                    error,
-                });
+            if start.elapsed() > BIND && self.listeners.get().is_some() {
+                for address in missing {
+                    if let Err(error) = crate::listen::is_free(address)
+                        && self.missing().contains(&address)
+                    {
+                        return Err(UpgradeError::Listen {
+                            address: address.clone(),
+                            error,
+                        });
+                    }
+                }
             }
             sleep(LOOK).await;
         }
-        Ok(())
     }
 
     /// A process that was started to take over waits for its predecessor's word.
@@ -232,8 +242,7 @@ impl Handover {
             }
             Err(error) => {
                 if let Some(mut child) = child {
-                    let _ = child.start_kill();
-                    let _ = child.wait().await;
+                    end(&mut child).await;
                 }
                 let _ = std::fs::remove_file(&socket);
                 Err(error)
@@ -251,6 +260,21 @@ impl Handover {
             .kill_on_drop(true)
             .spawn()
     }
+}
+
+/// Ends a successor that is not wanted any more. It may have taken connections already, and closes them in order.
+async fn end(child: &mut Child) {
+    let pid = child
+        .id()
+        .and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
+    if let Some(pid) = pid
+        && kill_process(pid, Signal::TERM).is_ok()
+        && timeout(GOODBYE, child.wait()).await.is_ok()
+    {
+        return;
+    }
+    let _ = child.start_kill();
+    let _ = child.wait().await;
 }
 
 /// How long a control socket that cannot take a connection waits before it tries again.
@@ -335,7 +359,13 @@ pub fn notify(state: sd_notify::NotifyState<'_>) {
 }
 
 /// A service that serves nobody: Pingora gives the listening sockets to services only.
-pub struct Keeper(pub Arc<Handover>);
+pub struct Keeper {
+    /// Who is to know them.
+    pub handover: Arc<Handover>,
+    /// It is ready once this address is listened on. Whoever accepts connections waits for it: where it is not to be had, the
+    /// process ends, and nothing of anybody's may end with it.
+    pub after: String,
+}
 
 #[async_trait]
 impl ServiceWithDependents for Keeper {
@@ -347,7 +377,10 @@ impl ServiceWithDependents for Keeper {
         ready: ServiceReadyNotifier,
     ) {
         if let Some(fds) = fds {
-            let _ = self.0.listeners.set(fds);
+            let _ = self.handover.listeners.set(fds);
+        }
+        while self.handover.missing().contains(&&self.after) {
+            sleep(LOOK).await;
         }
         ready.notify_ready();
     }

@@ -8,7 +8,7 @@ pub(crate) mod section;
 pub mod url;
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -20,7 +20,8 @@ use yaml_serde::{Mapping, Value};
 pub use jwt::{Jwks, Jwt};
 pub use section::{ConfigError, Fault, Secret};
 use section::{
-    Section, address, at_least_one, duration, filled, leg_name, path, plain, shown, whole,
+    Section, address, at_least_one, duration, filled, leg_name, not_too_long, path, plain, shown,
+    whole,
 };
 
 /// Everything that `serve` and `check` need to know, ready to use.
@@ -218,6 +219,18 @@ impl Settings {
 }
 
 impl Dispatch {
+    /// The ports on which whoever calls 127.0.0.1 reaches the dispatcher.
+    pub fn own_ports(&self) -> Vec<u16> {
+        let listen = self.listen.iter().filter_map(|place| match place {
+            Listen::Tcp(at) => Some(at),
+            Listen::Unix(_) => None,
+        });
+        let all = listen.chain([&self.admin]);
+        all.filter(|at| at.ip().is_unspecified() || at.ip() == Ipv4Addr::LOCALHOST)
+            .map(SocketAddr::port)
+            .collect()
+    }
+
     fn read(mut section: Section<'_>) -> Dispatch {
         let dispatch = Dispatch {
             listen: section.take_list("listen", &["0.0.0.0:3780"], listen),
@@ -244,9 +257,10 @@ impl Dispatch {
                         network,
                     ),
                     jwt: {
-                        let written = section.is_written("jwt");
+                        // Nothing written under it must not mean that nothing has to be proved.
+                        let wanted = section.has("jwt");
                         let mut section = section.section("jwt");
-                        let jwt = written.then(|| Jwt::read(&mut section)).flatten();
+                        let jwt = wanted.then(|| Jwt::read(&mut section)).flatten();
                         section.finish();
                         jwt
                     },
@@ -399,6 +413,8 @@ fn read_pingora(top: Mapping, faults: &mut Vec<Fault>) -> (ServerConf, Vec<Strin
             .map_err(|error| format!("{} is not usable: {error}", shown(&value)))
             .and_then(|conf| conf.validate().map_err(|error| error.to_string()))
             .and_then(|conf| {
+                let grace = conf.grace_period_seconds.unwrap_or_default();
+                not_too_long(Duration::from_secs(grace), grace)?;
                 // Pingora takes both zeros and then serves nobody.
                 if conf.threads == 0 || conf.max_retries == 0 {
                     Err("0 would serve no request: write at least 1".into())
@@ -447,12 +463,12 @@ fn listen(text: String) -> Result<Listen, String> {
             what + ", or unix: and the path of a socket, for example unix:/run/t3-edge/http.sock"
         });
     };
-    // The kernel's limit for the path of a socket.
-    if path.starts_with('/') && path.len() < 108 && !path.contains('\0') {
+    // The kernel's limit for the path of a socket is 107. The one that is tried before may have a longer name.
+    if path.starts_with('/') && path.len() <= 100 && !path.contains('\0') {
         Ok(Listen::Unix(path.into()))
     } else {
         Err(format!(
-            "{path:?} is not the path of a socket: it begins with / and has less than 108 bytes"
+            "{path:?} is not the path of a socket: it begins with / and has 100 bytes at most"
         ))
     }
 }
@@ -492,10 +508,13 @@ fn header_name(text: String) -> Result<HeaderName, String> {
 }
 
 fn origin(text: String) -> Result<String, String> {
-    match text.split_once("://") {
-        Some(("http" | "https", host)) if !host.is_empty() && !host.contains('/') => {
-            Ok(text.to_ascii_lowercase())
-        }
+    let origin = text.to_ascii_lowercase();
+    let is_host = |host: &str| {
+        let parsed = host.parse::<http::uri::Authority>();
+        parsed.is_ok() && !host.contains(['@', '*'])
+    };
+    match url::origin(&origin) {
+        Some((scheme, host)) if is_host(host) => Ok(format!("{scheme}://{host}")),
         _ => Err(format!(
             "{text:?} is not an origin: write for example https://t3.example.com"
         )),

@@ -244,6 +244,11 @@ impl<'a> Section<'a> {
         }
     }
 
+    /// Whether the file has `key`, which has not been taken yet.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.map.contains_key(key)
+    }
+
     /// Whether the file says something under `key`, which has not been taken yet.
     pub(crate) fn is_written(&self, key: &str) -> bool {
         self.map.get(key).is_some_and(|value| !value.is_null())
@@ -295,10 +300,19 @@ pub(crate) fn address(text: String) -> Result<SocketAddr, String> {
 /// The longest duration: with what is later reckoned with it, no clock of this machine overflows.
 const LONGEST: Duration = Duration::from_secs(3650 * 24 * 60 * 60);
 
+/// Whether a duration, which is `shown` so, can be reckoned with.
+pub(crate) fn not_too_long(duration: Duration, shown: impl fmt::Display) -> Result<(), String> {
+    if duration > LONGEST {
+        return Err(format!("{shown} is longer than 3650 days"));
+    }
+    Ok(())
+}
+
 pub(crate) fn duration(text: String) -> Result<Duration, String> {
     match humantime::parse_duration(&text) {
-        Ok(duration) if duration > LONGEST => Err(format!("{text:?} is longer than 3650 days")),
-        Ok(duration) if !duration.is_zero() => Ok(duration),
+        Ok(duration) if !duration.is_zero() => {
+            not_too_long(duration, format_args!("{text:?}")).map(|()| duration)
+        }
         _ => Err(format!(
             "{text:?} is not a duration above zero: write for example 60s or 500ms"
         )),

@@ -46,6 +46,22 @@ impl Target {
     }
 }
 
+/// The scheme, which pages come by, and the host of an origin, without the port where it is the scheme's own: browsers leave it out.
+pub fn origin(text: &str) -> Option<(&str, &str)> {
+    let (scheme, host) = text.split_once("://")?;
+    Some((scheme, without_default_port(scheme, host)?))
+}
+
+/// A host without the port where it is that of `scheme`, if pages come by that.
+pub fn without_default_port<'a>(scheme: &str, host: &'a str) -> Option<&'a str> {
+    let port = match scheme {
+        "http" => ":80",
+        "https" => ":443",
+        _ => return None,
+    };
+    Some(host.strip_suffix(port).unwrap_or(host))
+}
+
 fn default_port(tls: bool) -> u16 {
     if tls { 443 } else { 80 }
 }

@@ -484,7 +484,9 @@ impl Memory {
 
     /// Forgets what was over before `old`.
     fn forget(&mut self, old: Millis) {
-        if self.conns.front().is_some_and(|conn| conn.heard < old) || self.conns.len() > MOST {
+        // Not from the front alone: a leg that stays up would keep all of one that flaps behind it.
+        self.conns.retain(|conn| conn.heard >= old);
+        if self.conns.len() > MOST {
             self.conns.pop_front();
         }
         while self.lags.front().is_some_and(|(_, to)| *to < old) {

@@ -23,6 +23,7 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role, WebSocketConfig
 
 use super::far::Far;
 use crate::refuse::Refusal;
+use crate::room::network;
 use crate::server::{Phase, phase};
 
 /// How long an echo may hear nothing.
@@ -47,6 +48,7 @@ impl Place {
     fn take(client: IpAddr) -> Option<Place> {
         let mut places = PLACES.lock().unwrap_or_else(PoisonError::into_inner);
         let places = places.get_or_insert_default();
+        let client = network(client);
         if places.values().sum::<usize>() >= ALL {
             return None;
         }

@@ -59,7 +59,7 @@ impl ServeLegs {
     pub fn new(path: String, heartbeat: Duration, stall: Duration, limit: Duration) -> ServeLegs {
         ServeLegs {
             asker: Arc::new(Asker {
-                // Signs of life come further apart than connections are kept.
+                // As a rule, signs of life come further apart than connections are kept.
                 caller: Caller::new(false),
                 path,
                 stall,

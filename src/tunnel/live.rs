@@ -19,6 +19,9 @@ use crate::judge;
 use crate::table::{Instance, unique};
 use crate::verdict::{Rules, Verdict, Witness, is_talkative};
 
+/// So many forwarded addresses are recorded. A head has room for thousands, and the ledger must not be full of them.
+const EDGES: usize = 16;
+
 /// How long after an abnormal end a new tunnel of the same person still counts as the reconnect.
 const GAP: Duration = Duration::from_secs(15 * 60);
 
@@ -154,6 +157,12 @@ impl Tunnel {
     /// `side` has ended, in that way.
     pub fn end(&self, side: Side, how: How) {
         lock(&self.state).sensor.end(side, how, Instant::now());
+    }
+
+    /// The instance has refused it: it never was one. Its answer may take for ever, and the ledger is in the order of the ends.
+    pub fn refused(&self) {
+        self.end(Side::Instance, How::Refused);
+        self.close_books();
     }
 
     /// This service has failed it.
@@ -491,10 +500,10 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// The addresses that a request came over: what the edges forwarded, then our own peer.
+/// The addresses that a request came over: what the edges forwarded, then our own peer. Of more than there are edges, which
+/// a client may have made up, the last ones.
 pub fn chain(headers: &http::HeaderMap, peer: Option<IpAddr>) -> Vec<String> {
-    forwarded_for(headers)
-        .chain(peer)
-        .map(|ip| ip.to_string())
-        .collect()
+    let more = forwarded_for(headers).count().saturating_sub(EDGES);
+    let edges = forwarded_for(headers).skip(more);
+    edges.chain(peer).map(|ip| ip.to_string()).collect()
 }

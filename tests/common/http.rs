@@ -56,6 +56,14 @@ impl Head {
     }
 }
 
+/// What a request for a WebSocket has (RFC 6455, section 4.1), with the key of the RFC's example.
+pub const HANDSHAKE: [(&str, &str); 4] = [
+    ("Connection", "Upgrade"),
+    ("Upgrade", "websocket"),
+    ("Sec-WebSocket-Version", "13"),
+    ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
+];
+
 /// A response, read whole.
 #[derive(Debug, Clone)]
 pub struct Reply {

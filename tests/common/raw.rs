@@ -63,13 +63,7 @@ impl RawInstance {
 /// Asks for a WebSocket as `user`'s browser does behind the edge, and gives the status of the answer.
 pub async fn ask(address: SocketAddr, user: &str, headers: &[(&str, &str)]) -> (u16, Client) {
     let mut client = Client::connect(address).await.unwrap();
-    let mut all = vec![
-        ("X-authentik-username", user),
-        ("Connection", "Upgrade"),
-        ("Upgrade", "websocket"),
-        ("Sec-WebSocket-Version", "13"),
-        ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
-    ];
+    let mut all = [&[("X-authentik-username", user)][..], &http::HANDSHAKE].concat();
     if !headers.iter().any(|(name, _)| *name == "Cookie") {
         all.push(("Cookie", "t3_session=x"));
     }
@@ -136,6 +130,10 @@ pub async fn canned(answer: String, hold: bool) -> (u16, mpsc::UnboundedReceiver
         while let Ok((mut stream, _)) = listener.accept().await {
             let mut request = vec![0; 4096];
             let length = stream.read(&mut request).await.unwrap_or(0);
+            // Whoever says nothing has looked whether somebody listens.
+            if length == 0 {
+                continue;
+            }
             let _ = tell.send(String::from_utf8_lossy(&request[..length]).into_owned());
             let _ = stream.write_all(answer.as_bytes()).await;
             if hold {

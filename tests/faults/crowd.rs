@@ -342,12 +342,7 @@ impl Worker {
     async fn open(&self) -> Result<Client, What> {
         let asking = async {
             let mut client = Client::connect(self.edge.address).await?;
-            let headers = self.person.headers(&[
-                ("Connection", "Upgrade"),
-                ("Upgrade", "websocket"),
-                ("Sec-WebSocket-Version", "13"),
-                ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
-            ]);
+            let headers = self.person.headers(&http::HANDSHAKE);
             client.send(http::head("GET", "/ws", &headers, 0)).await?;
             let (status, head) = client.read_head().await?;
             std::io::Result::Ok((client, status, head))

@@ -31,9 +31,9 @@ async fn run(arguments: &[&str], conf: &std::path::Path) -> Told {
 }
 
 struct Place {
-    base: tempfile::TempDir,
     alice: Instance,
     bob: Instance,
+    base: tempfile::TempDir,
 }
 
 impl Place {
@@ -115,11 +115,7 @@ async fn check_fails_when_anything_is_wrong() {
         "{}",
         told.out
     );
-    assert!(
-        told.out.contains("a name ends before its first @"),
-        "{}",
-        told.out
-    );
+    assert!(told.out.contains("ends before its first @"), "{}", told.out);
     assert_eq!(
         told.out
             .lines()

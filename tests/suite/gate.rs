@@ -49,7 +49,7 @@ impl ProxyHttp for Slow {
         let request = session.req_header();
         let tunnel = Tunnel::new(about, &Default::default(), AbortHandle::new_pair().0);
         let shape = Shape::of(&request.headers);
-        let (peer, _) = forward::peer_for(&self.instance, &request.method, shape, Some(&tunnel));
+        let (peer, _) = forward::peer_for(&self.instance, false, shape, Some(&tunnel));
         Ok(Box::new(peer))
     }
 

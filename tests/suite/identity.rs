@@ -1,14 +1,7 @@
 //! Who is asking, and health checks for anybody.
 
-use crate::common::http::{self, Client};
+use crate::common::http::{self, Client, HANDSHAKE};
 use crate::world::World;
-
-const UPGRADE: [(&str, &str); 4] = [
-    ("Connection", "Upgrade"),
-    ("Upgrade", "websocket"),
-    ("Sec-WebSocket-Version", "13"),
-    ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
-];
 
 #[tokio::test]
 async fn health_is_for_anybody() {
@@ -44,7 +37,7 @@ async fn only_trusted_proxies_name_people() {
         ("X-Forwarded-Host", "t3.example.com"),
         ("X-Forwarded-User", "alice"),
     ];
-    for extra in [&[][..], &UPGRADE, &forwarded] {
+    for extra in [&[][..], &HANDSHAKE, &forwarded] {
         let reply = world.dispatcher.get("alice", "/", extra).await;
         assert_eq!(reply.status, 403);
         assert_eq!(reply.get("x-t3-dispatch-error"), Some("untrusted-proxy"));
@@ -66,7 +59,7 @@ async fn ambiguous_identities_are_refused() {
         ("X-Authentik.Username", "bob"),
         ("X_Authentik-Username", "alice"),
     ] {
-        for extra in [&[][..], &UPGRADE] {
+        for extra in [&[][..], &HANDSHAKE] {
             let reply = world
                 .dispatcher
                 .get("alice", "/", &[&[(name, value)], extra].concat())
@@ -98,7 +91,7 @@ async fn missing_empty_and_unknown_names_have_no_instance() {
         Some("Alice"),
         Some("älice"),
     ] {
-        for extra in [&[][..], &UPGRADE] {
+        for extra in [&[][..], &HANDSHAKE] {
             let mut headers: Vec<_> = identity
                 .map(|name| ("X-authentik-username", name))
                 .into_iter()

@@ -11,6 +11,7 @@ mod fuzz_corpora;
 mod gate;
 mod identity;
 mod isolation;
+mod log;
 mod machine;
 mod manual;
 mod mint;

@@ -542,6 +542,27 @@ async fn a_200_is_a_200_whatever_its_body() {
     }
 }
 
+/// Nothing is minted for an instance that is down, however often its page tries again; once it is up, the next try is paired.
+#[tokio::test]
+async fn an_instance_that_is_down_costs_no_mint() {
+    let world = World::new().await;
+    let home = mint::home(world.base(), "alice");
+    let World {
+        dispatcher,
+        alice,
+        base,
+        ..
+    } = world;
+    let port = alice.kill().await;
+    for _ in 0..20 {
+        let reply = dispatcher.get("alice", "/", &[]).await;
+        assert_refused(&reply, 502, "bootstrap-failed", "bootstrap request failed");
+    }
+    assert_eq!(mint::count(base.path(), "alice"), 0);
+    let _alice = Instance::start_with(&home, Version::V0_0_33, port, Duration::from_secs(5)).await;
+    assert_eq!(dispatcher.get("alice", "/", &[]).await.status, 302);
+}
+
 /// Failures cost mints too: after six in a minute the same answer is given without another one.
 #[tokio::test]
 async fn failures_are_bounded_as_well() {

@@ -23,7 +23,7 @@ struct Seen {
 
 /// An instance that never closes a connection by itself, and answers with the connection's number. What it does besides is in
 /// the path: `/slow` takes until it is let go on, `/chatter` says more than it was asked for, `/bye` closes the connection after
-/// its answer, and `/last` when it is asked the next time.
+/// its answer, `/last` when it is asked the next time, and `/fail` instead of an answer.
 #[derive(Clone)]
 struct Counting {
     port: u16,
@@ -65,7 +65,7 @@ impl Counting {
             if !is_check {
                 self.note(number, |seen| seen.paths.push(path.to_owned()));
             }
-            if is_last {
+            if is_last || path == "/fail" {
                 return;
             }
             let body = if is_check {
@@ -110,9 +110,10 @@ impl Counting {
 }
 
 struct Place {
-    _base: tempfile::TempDir,
     instance: Counting,
     dispatcher: Dispatcher,
+    /// Goes last: it holds the log.
+    _base: tempfile::TempDir,
 }
 
 impl Place {
@@ -138,6 +139,18 @@ impl Place {
                 return number;
             }
         }
+    }
+
+    /// Opens a connection for each of twenty requests.
+    async fn twenty_at_once(&self) {
+        // The first request asks for the name of the session's cookie as well.
+        self.get("/1").await;
+        let slow = futures_util::future::join_all((0..20).map(|_| self.get("/slow")));
+        let wait = async {
+            wait_for("twenty requests", async || self.instance.open() >= 20).await;
+            self.instance.go_on.add_permits(20);
+        };
+        tokio::join!(slow, wait);
     }
 
     /// Which connection the answer came on.
@@ -215,6 +228,21 @@ async fn a_request_whose_connection_is_gone_is_repeated() {
     }
 }
 
+/// Twenty connections are kept, and each would fail it.
+#[tokio::test]
+async fn a_request_is_repeated_once() {
+    let place = Place::new(|setup| setup).await;
+    place.twenty_at_once().await;
+    place.used_again().await;
+    let cookie = [("Cookie", "t3_session=x")];
+    let reply = place.dispatcher.get("alice", "/fail", &cookie).await;
+    let code = reply.get("x-t3-dispatch-error");
+    assert_eq!((reply.status, code), (502, Some("instance-failed")));
+    let seen = place.instance.seen.lock().unwrap().clone();
+    let paths = seen.iter().flat_map(|seen| &seen.paths);
+    assert_eq!(paths.filter(|path| *path == "/fail").count(), 2);
+}
+
 #[tokio::test]
 async fn no_more_are_kept_than_there_is_room_for() {
     let place = Place::new(|mut setup| {
@@ -222,14 +250,7 @@ async fn no_more_are_kept_than_there_is_room_for() {
         setup
     })
     .await;
-    // The first request asks for the name of the session's cookie as well.
-    place.get("/1").await;
-    let slow = futures_util::future::join_all((0..20).map(|_| place.get("/slow")));
-    let wait = async {
-        wait_for("twenty requests", async || place.instance.open() >= 20).await;
-        place.instance.go_on.add_permits(20);
-    };
-    tokio::join!(slow, wait);
+    place.twenty_at_once().await;
     // Two threads, two for each.
     wait_for("the end of the others", async || place.instance.open() == 4).await;
     // Long before these are given up.

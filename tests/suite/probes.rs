@@ -7,16 +7,9 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::common::frames::{self, BINARY, CLOSE, Frame, PING, PONG, TEXT};
-use crate::common::http::{self, Client};
+use crate::common::http::{self, Client, HANDSHAKE};
 use crate::common::raw::{MASK, rest};
 use crate::world::World;
-
-const HANDSHAKE: [(&str, &str); 4] = [
-    ("Connection", "Upgrade"),
-    ("Upgrade", "websocket"),
-    ("Sec-WebSocket-Version", "13"),
-    ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
-];
 
 async fn try_probe(world: &World, extra: &[(&str, &str)]) -> (u16, TcpStream) {
     let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
@@ -314,8 +307,12 @@ async fn places_are_bounded() {
     let from = async |address: &str| try_probe(&world, &[("X-Forwarded-For", address)]).await;
     let mut held = Vec::new();
     for host in 0..16 {
-        let address = format!("198.51.100.{host}");
+        let mut address = format!("198.51.100.{host}");
         for place in 0..16 {
+            // A household has as many IPv6 addresses as it likes.
+            if host == 1 {
+                address = format!("2001:db8::{place:x}");
+            }
             // What a client writes before the edge does not help it.
             let chain = format!("203.0.113.{place}, {address}");
             let (status, stream) = from(&chain).await;
@@ -324,6 +321,9 @@ async fn places_are_bounded() {
         }
         if host == 0 {
             assert_eq!(from(&address).await.0, 503);
+        }
+        if host == 1 {
+            assert_eq!(from("2001:db8::ffff").await.0, 503);
         }
     }
     // All are taken.

@@ -6,7 +6,7 @@ use tokio::io::AsyncWriteExt;
 
 use crate::common::dispatcher::wait_for;
 use crate::common::frames::{self, Frame};
-use crate::common::http::{self, Client};
+use crate::common::http::{self, Client, HANDSHAKE};
 use crate::common::instance::{Instance, Version};
 use crate::common::mint;
 use crate::world::{World, from};
@@ -330,13 +330,7 @@ async fn connections_are_kept_but_not_for_long() {
 async fn a_refused_upgrade_is_relayed_and_its_connection_not_kept() {
     let (world, session) = signed_in().await;
     for (target, status) in [("/ws?wsTicket=bad", 401), ("/not-ws", 200)] {
-        let headers = [
-            ("Cookie", session.as_str()),
-            ("Connection", "Upgrade"),
-            ("Upgrade", "websocket"),
-            ("Sec-WebSocket-Version", "13"),
-            ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
-        ];
+        let headers = [&[("Cookie", session.as_str())][..], &HANDSHAKE].concat();
         let reply = world.dispatcher.get("alice", target, &headers).await;
         assert_eq!((reply.status, reply.text().as_str()), (status, "refused\n"));
         let refused = world.alice.seen().last().unwrap().connection;
@@ -386,6 +380,23 @@ async fn half_a_handshake_is_no_upgrade() {
             None,
             "{line}"
         );
+    }
+}
+
+/// A client may offer more than one protocol (RFC 9110, section 7.8): the instance is asked for the WebSocket.
+#[tokio::test]
+async fn a_websocket_may_be_one_offer_of_several() {
+    let (world, session) = signed_in().await;
+    for offers in [&["websocket, h2c"][..], &["h2c", "WebSocket"]] {
+        let mut headers = [&from("alice", &session)[..], &HANDSHAKE].concat();
+        headers.retain(|(name, _)| *name != "Upgrade");
+        headers.extend(offers.iter().map(|offer| ("Upgrade", *offer)));
+        let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
+        let handshake = http::head("GET", "/ws", &headers, 0);
+        client.send(handshake).await.unwrap();
+        assert_eq!(client.read_head().await.unwrap().0, 101, "{offers:?}");
+        let seen = world.alice.seen_at("/ws").last().unwrap().head.clone();
+        assert!(seen.all("upgrade").eq(["websocket"]), "{offers:?}");
     }
 }
 
@@ -667,40 +678,34 @@ async fn an_upload_that_pauses_goes_on() {
     );
 }
 
-/// A client that leaves ends its request at the instance.
+/// A client that leaves ends its request at the instance, whatever it has sent behind it.
 #[tokio::test]
 async fn a_client_that_leaves_is_counted_as_aborted() {
     let (world, session) = signed_in().await;
     let headers = from("alice", &session);
-    let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
-    client
-        .send(http::head("GET", "/__test/slow?60000", &headers, 0))
-        .await
-        .unwrap();
-    wait_for("request at the instance", async || {
-        !world.alice.seen_at("/__test/slow").is_empty()
-    })
-    .await;
-    drop(client);
-    let aborted = "t3dispatch_requests_total{outcome=\"aborted\",status=\"none\"}";
-    wait_for("aborted request", async || {
-        world.dispatcher.metric(aborted).await == 1.0
-    })
-    .await;
+    let slow = http::head("GET", "/__test/slow?60000", &headers, 0);
+    let (next, many) = (slow.clone(), slow.repeat(60_000 / slow.len()));
+    for (nth, behind) in ["", "\n", &next, &many].into_iter().enumerate() {
+        let mut client = Client::connect(world.dispatcher.address()).await.unwrap();
+        client.send(slow.clone() + behind).await.unwrap();
+        wait_for("request at the instance", async || {
+            world.alice.seen_at("/__test/slow").len() == nth + 1
+        })
+        .await;
+        drop(client);
+        let aborted = "t3dispatch_requests_total{outcome=\"aborted\",status=\"none\"}";
+        wait_for("aborted request", async || {
+            world.dispatcher.metric(aborted).await == (nth + 1) as f64
+        })
+        .await;
+    }
 }
 
 /// Pingora by itself ends a WebSocket now and then right after its 101, and more often the faster the instance is.
 #[tokio::test]
 async fn no_websocket_is_lost_right_after_it_opened() {
     let (world, session) = signed_in().await;
-    let headers = [
-        ("X-authentik-username", "alice"),
-        ("Cookie", session.as_str()),
-        ("Connection", "Upgrade"),
-        ("Upgrade", "websocket"),
-        ("Sec-WebSocket-Version", "13"),
-        ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
-    ];
+    let headers = [&from("alice", &session)[..], &HANDSHAKE].concat();
     let mut held = Vec::new();
     for _ in 0..400 {
         let mut client = Client::connect(world.dispatcher.address()).await.unwrap();

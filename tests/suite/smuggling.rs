@@ -1827,8 +1827,14 @@ async fn a_hostile_instance_answers_nobody_but_its_own_user() {
                     edge.send(&sent).await.unwrap();
                 }
                 let mut open = match read_reply(&mut edge, line, PATIENCE).await {
-                    // A WebSocket of mallory's own has no way back.
-                    Reply::Whole(status, _) => status != 101,
+                    Reply::Whole(101, _) => {
+                        // A WebSocket of mallory's own has no way back.
+                        if answer[0].starts_with(b"HTTP/1.0 ") {
+                            note("HTTP/1.0 has no tunnels".into());
+                        }
+                        false
+                    }
+                    Reply::Whole(..) => true,
                     Reply::Closed | Reply::Ended => false,
                     Reply::Nothing => {
                         note("nothing came of it".into());

@@ -10,6 +10,7 @@ use rustix::process::Signal;
 
 use crate::common::dispatcher::{Dispatcher, Setup, wait_for};
 use crate::common::frames::{self, Frame};
+use crate::common::http;
 use crate::common::mint;
 use crate::common::raw::{self, MASK, RawInstance, ask, open, reset, rest, say};
 
@@ -372,6 +373,43 @@ async fn a_tunnel_that_the_instance_refuses_leaves_a_record() {
     assert_eq!(dispatcher.metric("t3dispatch_tunnels_open").await, 0.0);
 }
 
+/// An answer to a handshake may go on and on: the record is written when it is clear that there will be no tunnel.
+#[tokio::test]
+async fn a_refusal_without_an_end_is_recorded_at_once() {
+    let endless = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n";
+    let (port, _asked) = raw::canned(endless.into(), true).await;
+    let base = TempDir::new().unwrap();
+    let setup = Setup::new(base.path(), mint::working(base.path()));
+    let setup = setup.user("alice", "alice", port);
+    let dispatcher = setup.set("session.check_timeout", "200ms").start().await;
+    let (status, client) = ask(dispatcher.address(), "alice", &[]).await;
+    assert_eq!(status, 200);
+    let record = dispatcher.wait_for_records(1).await.pop().unwrap();
+    assert_eq!(
+        (&record["how"], &record["opened"]),
+        (&json!("refused"), &json!(false))
+    );
+    drop(client);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(dispatcher.records().len(), 1);
+}
+
+/// A head has room for thousands of addresses, and the ledger is everybody's.
+#[tokio::test]
+async fn a_made_up_chain_is_not_recorded_whole() {
+    let mut place = Place::new().await;
+    let made_up = "::1,".repeat(10_000);
+    let chain = format!("{made_up} 203.0.113.9");
+    let headers = [("X-Forwarded-For", chain.as_str())];
+    let (status, client) = ask(place.dispatcher.address(), "alice", &headers).await;
+    assert_eq!(status, 101);
+    drop((client, place.instance.next().await));
+    let record = place.dispatcher.wait_for_records(1).await.pop().unwrap();
+    let told = record["chain"].as_array().unwrap();
+    assert_eq!(told.len(), 17);
+    assert_eq!(told[15..], [json!("203.0.113.9"), json!("127.0.0.1")]);
+}
+
 /// Access ends when the table says so; everybody else's tunnels stay.
 #[tokio::test]
 async fn a_person_removed_loses_their_tunnels() {
@@ -514,6 +552,37 @@ async fn sigterm_closes_both_sides_and_writes_every_record() {
             (&json!("dispatch_shutdown"), &json!(1001)),
             "{record:#}"
         );
+    }
+}
+
+/// For some seconds after SIGTERM a connection that a client keeps is still answered, a handshake on it too.
+#[tokio::test]
+async fn a_tunnel_that_comes_after_sigterm_is_closed_like_the_others() {
+    let mut place = Place::new().await;
+    let (mut held, _instance) = place.tunnel("bob").await;
+    let mut client = http::Client::connect(place.dispatcher.address())
+        .await
+        .unwrap();
+    let headers = [
+        ("X-authentik-username", "alice"),
+        ("Cookie", "t3_session=x"),
+    ];
+    let reply = client.request("GET", "/", &headers, b"").await.unwrap();
+    assert_eq!(reply.status, 200);
+    place.dispatcher.signal(Signal::TERM);
+    // By now it is ending.
+    assert_eq!(Frame::read(&mut held).await.unwrap(), Frame::close(1001));
+    let headers = [&headers[..], &http::HANDSHAKE].concat();
+    client
+        .send(http::head("GET", "/ws", &headers, 0))
+        .await
+        .unwrap();
+    assert_eq!(client.read_head().await.unwrap().0, 101);
+    let closed = Frame::read(&mut client.stream).await.unwrap();
+    assert_eq!(closed, Frame::close(1001));
+    assert!(place.dispatcher.exited().await.success());
+    for record in place.dispatcher.records() {
+        assert_eq!(record["code"], json!(1001), "{record:#}");
     }
 }
 
@@ -674,7 +743,10 @@ async fn a_ledger_that_cannot_be_written_harms_nothing() {
 #[tokio::test]
 async fn pages_of_other_origins_open_no_sockets() {
     let mut place = Place::with(|setup| {
-        setup.set("tunnels.allowed_origins", vec!["https://other.example.com"])
+        setup.set(
+            "tunnels.allowed_origins",
+            vec!["https://Other.example.com:443"],
+        )
     })
     .await;
     let host = ("Host", "t3.example.com");

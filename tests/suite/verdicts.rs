@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 
 use crate::common::dispatcher::{Setup, program, wait_for};
 use crate::common::frames::{CLOSE, Frame, PING, PONG};
-use crate::common::http::{self, Client, Head};
+use crate::common::http::{self, Client, HANDSHAKE, Head};
 use crate::common::raw::{MASK, reset, rest, say};
 use crate::tunnels::Place;
 use crate::world::World;
@@ -27,13 +27,7 @@ fn hurried(setup: Setup) -> Setup {
 /// A WebSocket to `target` with these headers, and the head of its 101.
 async fn leg(place: &Place, target: &str, headers: &[(&str, &str)]) -> (TcpStream, Head) {
     let mut client = Client::connect(place.dispatcher.address()).await.unwrap();
-    let mut all = vec![
-        ("Connection", "Upgrade"),
-        ("Upgrade", "websocket"),
-        ("Sec-WebSocket-Version", "13"),
-        ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
-    ];
-    all.extend(headers);
+    let all = [&HANDSHAKE, headers].concat();
     client
         .send(http::head("GET", target, &all, 0))
         .await
