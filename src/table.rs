@@ -30,6 +30,9 @@ const LOOK: Duration = Duration::from_millis(200);
 /// The nice value of the thread that reads it.
 const NICE: i32 = 10;
 
+/// After so many entries the thread that reads it lets others go first.
+const STRETCH: usize = 1024;
+
 /// How long a file may go on changing before a fault in it is reported all the same.
 const SETTLE: Duration = Duration::from_secs(1);
 
@@ -150,7 +153,8 @@ impl Table {
         for instance in old.users.values() {
             known[usize::from(instance.port)] = Some(instance);
         }
-        for (Text(name), entry) in &entries {
+        for (count, (Text(name), entry)) in entries.iter().enumerate() {
+            breathe(count + 1);
             let (os_user, port) = match read_entry(entry) {
                 Ok(entry) => entry,
                 Err(wrong) => {
@@ -290,6 +294,7 @@ impl<'de, V: Deserialize<'de>> Deserialize<'de> for Pairs<'de, V> {
                 let mut pairs = Vec::new();
                 while let Some(pair) = map.next_entry()? {
                     pairs.push(pair);
+                    breathe(pairs.len());
                 }
                 Ok(Pairs(pairs))
             }
@@ -340,6 +345,14 @@ impl Tables {
     /// Has the file read again soon, and the outcome logged even when nothing changed.
     pub fn reload(&self) {
         self.asked.notify_one();
+    }
+}
+
+/// Has those wait no longer than a moment who answer requests on the same core: for a whole slice of time, the kernel would not
+/// take the core from the thread that reads the table.
+fn breathe(entries: usize) {
+    if entries.is_multiple_of(STRETCH) {
+        std::thread::yield_now();
     }
 }
 

@@ -7,7 +7,7 @@ mod drills;
 use drills::{Drill, Matrix};
 
 /// Laboratories that run at once: they wait most of the time.
-const AT_ONCE: usize = 6;
+const AT_ONCE: usize = 10;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_drop_is_given_the_segment_that_was_broken() {
