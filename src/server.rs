@@ -239,14 +239,15 @@ impl BackgroundService for Revoker {
         let mut swaps = self.tables.swaps();
         while swaps.changed().await.is_ok() {
             let table = self.tables.current();
-            live::revoke(|user, instance| {
+            let revoked = live::revoke(|user, instance| {
                 !table
                     .get(user)
                     .is_some_and(|now| Arc::ptr_eq(now, instance))
             });
-            tokio::spawn(async {
+            // Those alone: what the next table revokes has its own time.
+            tokio::spawn(async move {
                 tokio::time::sleep(CUT_OFF).await;
-                live::cut_revoked();
+                live::cut_off(&revoked);
             });
         }
     }

@@ -202,10 +202,11 @@ impl Tunnel {
         lock(&self.state).order
     }
 
-    /// Orders the tunnel to end.
-    pub fn give(&self, order: Order) {
+    /// Orders the tunnel to end, and tells whether that is news to it.
+    pub fn give(&self, order: Order) -> bool {
         let mut state = lock(&self.state);
-        if state.order.is_none() {
+        let is_news = state.order.is_none();
+        if is_news {
             state.order = Some(order);
             state
                 .sensor
@@ -214,6 +215,7 @@ impl Tunnel {
         if let Some(reader) = state.reader.take() {
             reader.wake();
         }
+        is_news
     }
 
     /// Writes the record, if it has not been written yet.
@@ -304,22 +306,20 @@ pub fn count() -> usize {
     lock(&LIVE).len()
 }
 
-/// Orders every tunnel to end of which `lost` says that its person has lost the instance.
-pub fn revoke(lost: impl Fn(&str, &Arc<Instance>) -> bool) {
-    for tunnel in live() {
-        if lost(&tunnel.about.user, &tunnel.about.instance) {
-            tunnel.give(Order::Revoked);
-        }
-    }
+/// Orders every tunnel to end of which `lost` says that its person has lost the instance, and gives those that had no order yet.
+pub fn revoke(lost: impl Fn(&str, &Arc<Instance>) -> bool) -> Vec<Weak<Tunnel>> {
+    let mut revoked = live();
+    revoked.retain(|tunnel| {
+        lost(&tunnel.about.user, &tunnel.about.instance) && tunnel.give(Order::Revoked)
+    });
+    revoked.iter().map(Arc::downgrade).collect()
 }
 
-/// Cuts off what was revoked and has not ended by itself: one side does not take what is sent to it, so that nothing
-/// between two frames ever comes to its turn.
-pub fn cut_revoked() {
-    for tunnel in live() {
-        if tunnel.order() == Some(Order::Revoked) {
-            tunnel.cut.abort();
-        }
+/// Cuts off what of these has not ended by itself: one side does not take what is sent to it, so that nothing between two frames
+/// ever comes to its turn.
+pub fn cut_off(revoked: &[Weak<Tunnel>]) {
+    for tunnel in revoked.iter().filter_map(Weak::upgrade) {
+        tunnel.cut.abort();
     }
 }
 
