@@ -115,7 +115,11 @@ async fn check_fails_when_anything_is_wrong() {
         "{}",
         told.out
     );
-    assert!(told.out.contains("ends before its first @"), "{}", told.out);
+    assert!(
+        told.out.contains("a name ends before its first @"),
+        "{}",
+        told.out
+    );
     assert_eq!(
         told.out
             .lines()
