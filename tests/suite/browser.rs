@@ -1,5 +1,6 @@
 //! The journey in a real browser: headless Chromium against the demo, driven over its DevTools protocol.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,12 +19,18 @@ use crate::common::instance::{Instance, Version};
 use crate::common::mint;
 use crate::world::World;
 
-/// A browser with one page, and its profile.
+/// A browser and its first page.
 struct Browser {
     process: Child,
+    page: Page,
+    devtools: SocketAddr,
+    _profile: tempfile::TempDir,
+}
+
+/// A tab, as DevTools see it.
+struct Page {
     socket: tokio::sync::Mutex<WebSocketStream<MaybeTlsStream<TcpStream>>>,
     next: AtomicU64,
-    _profile: tempfile::TempDir,
 }
 
 impl Browser {
@@ -69,9 +76,9 @@ impl Browser {
             .unwrap()
             .parse()
             .unwrap();
-        let page = async || -> Option<String> {
-            let address = ([127, 0, 0, 1], port).into();
-            let list = http::request(address, "GET", "/json", &[("Host", "localhost")], b"")
+        let devtools = ([127, 0, 0, 1], port).into();
+        let first = async || -> Option<String> {
+            let list = http::request(devtools, "GET", "/json", &[("Host", "localhost")], b"")
                 .await
                 .ok()?;
             let list: Value = serde_json::from_slice(&list.body).ok()?;
@@ -79,20 +86,42 @@ impl Browser {
                 .as_array()?
                 .iter()
                 .find(|target| target["type"] == "page")?;
-            Some(
-                page["webSocketDebuggerUrl"]
-                    .as_str()?
-                    .replace("localhost", &format!("127.0.0.1:{port}")),
-            )
+            Some(page["id"].as_str()?.to_owned())
         };
-        wait_for("page", async || page().await.is_some()).await;
-        let url = page().await.unwrap();
-        let (socket, _) = tokio_tungstenite::connect_async(url).await.unwrap();
+        wait_for("page", async || first().await.is_some()).await;
+        let page = Page::connect(devtools, &first().await.unwrap()).await;
         Browser {
             process,
+            page,
+            devtools,
+            _profile: profile,
+        }
+    }
+
+    /// Opens `url` in a second tab.
+    async fn tab(&self, url: &str) -> Page {
+        let target = self
+            .call("Target.createTarget", json!({ "url": url }))
+            .await;
+        Page::connect(self.devtools, target["targetId"].as_str().unwrap()).await
+    }
+}
+
+impl std::ops::Deref for Browser {
+    type Target = Page;
+
+    fn deref(&self) -> &Page {
+        &self.page
+    }
+}
+
+impl Page {
+    async fn connect(devtools: SocketAddr, id: &str) -> Page {
+        let url = format!("ws://{devtools}/devtools/page/{id}");
+        let (socket, _) = tokio_tungstenite::connect_async(url).await.unwrap();
+        Page {
             socket: socket.into(),
             next: AtomicU64::new(1),
-            _profile: profile,
         }
     }
 
@@ -185,19 +214,14 @@ async fn a_person_sees_their_drops_and_measures_their_own_way() {
     let records = world.dispatcher.wait_for_records(1).await;
     assert_eq!(records[0]["verdict"]["segment"], "none", "{records:#?}");
     browser.sees("hello 1 to alice").await;
-    let target = browser
-        .call("Target.createTarget", json!({ "url": base }))
-        .await;
-    wait_for("the second tab", async || {
-        world.dispatcher.metric("t3dispatch_tunnels_open").await == 2.0
-    })
-    .await;
-    browser
-        .call(
-            "Target.closeTarget",
-            json!({ "targetId": target["targetId"] }),
-        )
-        .await;
+    let second = browser.tab(&base).await;
+    // A browser whose own end of the handshake is still to come says no Close.
+    second.sees("hello 1 to alice").await;
+    assert_eq!(
+        world.dispatcher.metric("t3dispatch_tunnels_open").await,
+        2.0
+    );
+    second.call("Page.close", json!({})).await;
     let records = world.dispatcher.wait_for_records(2).await;
     assert_eq!(records[1]["verdict"]["segment"], "none", "{records:#?}");
 
