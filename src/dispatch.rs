@@ -33,6 +33,7 @@ use crate::session::{
 use crate::table::{Instance, Place, Tables, unique};
 use crate::tunnel::live::{self, About, Order, Tunnel};
 use crate::tunnel::{How, Side};
+use crate::unbuffered::{Original, unbuffer};
 use crate::verdict::Rules;
 
 /// The dispatcher, as Pingora calls it.
@@ -59,6 +60,8 @@ pub struct Ctx {
     found: Option<(String, Arc<Instance>)>,
     /// The books of the WebSocket that it asks for, which are closed when this is dropped.
     tunnel: Option<Arc<Tunnel>>,
+    /// Its session, where another stands for it until the 101.
+    original: Option<Original>,
     /// What its headers say of how it is passed on; no upgrade but one to a WebSocket.
     shape: Shape,
     /// Whether it goes over a connection that was used before.
@@ -469,6 +472,7 @@ impl ProxyHttp for Dispatcher {
             place: None,
             found: None,
             tunnel: None,
+            original: None,
             shape: Shape::default(),
             reused: false,
             outcome: None,
@@ -518,7 +522,12 @@ impl ProxyHttp for Dispatcher {
     async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> Result<bool> {
         // What is rare is boxed, so that every request need not bring the room for it.
         match self.0.decide(session, ctx).await {
-            Ok(Step::Proxy) => Ok(false),
+            Ok(Step::Proxy) => {
+                if ctx.tunnel.is_some() {
+                    ctx.original = unbuffer(session);
+                }
+                Ok(false)
+            }
             Ok(step) => Box::pin(self.0.serve(step, session, ctx)).await,
             Err((refusal, user)) => Box::pin(refuse(session, ctx, refusal, user.as_deref())).await,
         }
@@ -596,7 +605,12 @@ impl ProxyHttp for Dispatcher {
         }
         if let Some(tunnel) = &ctx.tunnel {
             match response.status {
-                StatusCode::SWITCHING_PROTOCOLS => tunnel.open(),
+                StatusCode::SWITCHING_PROTOCOLS => {
+                    if let Some(original) = ctx.original.take() {
+                        original.restore(session);
+                    }
+                    tunnel.open();
+                }
                 status if status.is_informational() => {}
                 _ => tunnel.refused(),
             }

@@ -54,5 +54,6 @@ pub mod stderr;
 pub mod story;
 pub mod table;
 pub mod tunnel;
+pub mod unbuffered;
 pub mod upgrade;
 pub mod verdict;
