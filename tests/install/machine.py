@@ -37,7 +37,8 @@ class Machine:
         kept = folder / f"{SUITE}.tar"
         self.remove()
         if not kept.exists():
-            command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, self.root]
+            # Its user may have something to do meanwhile.
+            command = ["nice", "-n", "19", "debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, self.root]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             new = kept.with_suffix(".new")
             subprocess.run(["tar", "-C", self.root, "-cf", new, "."], check=True)
