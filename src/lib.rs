@@ -9,7 +9,8 @@
 //! 4. [`pair`]: a credential from [`mint`], exchanged for the session cookie, which is relayed to the browser.
 //! 5. [`instance`]: our own HTTP calls to an instance, for the session check and the exchange.
 //! 6. [`forward`]: the peer's options and the headers, out and back; [`pool`] has the connection, and Pingora does the rest.
-//! 7. [`tunnel`]: the sensor of one WebSocket; [`gate`] is the connection under it; [`close`] says why it ended.
+//! 7. [`tunnel`]: the sensor of one WebSocket; [`gate`] is the connection under it, [`unbuffered`] what stands for its client
+//!    until the 101; [`close`] says why it ended.
 //! 8. [`judge`] keeps a drop until the evidence is in; [`verdict`] says whose fault it was.
 //!
 //! Beside the walk stand [`refuse`] (every answer that is a refusal), [`events`] (every log line and metric), [`ledger`]
