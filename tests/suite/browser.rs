@@ -29,6 +29,7 @@ struct Browser {
 
 /// A tab, as DevTools see it.
 struct Page {
+    id: String,
     socket: tokio::sync::Mutex<WebSocketStream<MaybeTlsStream<TcpStream>>>,
     next: AtomicU64,
 }
@@ -105,6 +106,12 @@ impl Browser {
             .await;
         Page::connect(self.devtools, target["targetId"].as_str().unwrap()).await
     }
+
+    /// Closes a tab, from outside: what it says itself might end with it.
+    async fn close(&self, page: Page) {
+        self.call("Target.closeTarget", json!({ "targetId": page.id }))
+            .await;
+    }
 }
 
 impl std::ops::Deref for Browser {
@@ -120,6 +127,7 @@ impl Page {
         let url = format!("ws://{devtools}/devtools/page/{id}");
         let (socket, _) = tokio_tungstenite::connect_async(url).await.unwrap();
         Page {
+            id: id.to_owned(),
             socket: socket.into(),
             next: AtomicU64::new(1),
         }
@@ -221,7 +229,7 @@ async fn a_person_sees_their_drops_and_measures_their_own_way() {
         world.dispatcher.metric("t3dispatch_tunnels_open").await,
         2.0
     );
-    second.call("Page.close", json!({})).await;
+    browser.close(second).await;
     let records = world.dispatcher.wait_for_records(2).await;
     assert_eq!(records[1]["verdict"]["segment"], "none", "{records:#?}");
 
