@@ -743,7 +743,13 @@ pub fn ledger(data: &[u8]) {
         shown.push(line.to_vec());
         ControlFlow::Continue(())
     };
-    let end = lines_back(Cursor::new(closes), u64::from(*step).max(1), show).expect("memory");
+    let end = lines_back(
+        Cursor::new(closes),
+        closes.len() as u64,
+        u64::from(*step).max(1),
+        show,
+    )
+    .expect("memory");
     assert!(end.is_continue());
     assert_eq!(shown, lines);
 

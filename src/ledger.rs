@@ -192,15 +192,19 @@ impl Ledger {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(error),
             };
-            // A line that was cut, or is not ours, is no record.
-            let shown = lines_back(file, READ_BACK, |line| match serde_json::from_slice(line) {
+            // While a line is being appended there may be a part of it. Where no lock can be had, that counts as unreadable.
+            let locked = flock(&file, FlockOperation::LockShared);
+            let length = file.metadata()?.len();
+            let _ = locked.and_then(|()| flock(&file, FlockOperation::Unlock));
+            let show = |line: &[u8]| match serde_json::from_slice(line) {
                 Ok(line @ Value::Object(_)) if is_ours(&line) => show(line),
+                // A line that was cut, or is not ours, is no record.
                 _ => {
                     unreadable += 1;
                     ControlFlow::Continue(())
                 }
-            })?;
-            if shown.is_break() {
+            };
+            if lines_back(file, length, READ_BACK, show)?.is_break() {
                 break;
             }
         }
@@ -208,17 +212,17 @@ impl Ledger {
     }
 }
 
-/// Shows the lines of a file that are not empty, the last one first, until it is told to stop. `step` bytes are read at a
-/// time.
+/// Shows the lines of the first `left` bytes of a file that are not empty, the last one first, until it is told to stop. `step`
+/// bytes are read at a time.
 ///
 /// # Errors
 /// When the file cannot be read.
 pub fn lines_back(
     mut file: impl Read + Seek,
+    mut left: u64,
     step: u64,
     mut show: impl FnMut(&[u8]) -> ControlFlow<()>,
 ) -> io::Result<ControlFlow<()>> {
-    let mut left = file.seek(SeekFrom::End(0))?;
     // The beginning of a line whose rest has been read.
     let mut rest = Vec::new();
     while left > 0 {
@@ -334,17 +338,42 @@ mod tests {
                 ControlFlow::Continue(())
             };
             assert!(
-                lines_back(io::Cursor::new(text), step, show)
+                lines_back(io::Cursor::new(text), text.len() as u64, step, show)
                     .unwrap()
                     .is_continue()
             );
             assert_eq!(shown, ["cut", "the third line", "2", "the first"], "{step}");
         }
         let mut count = 0;
-        let stopped = lines_back(io::Cursor::new(text), 4, |_| {
+        let stopped = lines_back(io::Cursor::new(text), text.len() as u64, 4, |_| {
             count += 1;
             ControlFlow::Break(())
         });
         assert!(stopped.unwrap().is_break() && count == 1);
+    }
+
+    #[test]
+    fn whoever_reads_while_lines_are_written_sees_whole_lines() {
+        let folder = std::env::temp_dir().join(format!("t3-dispatch-lines-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let ledger = Ledger {
+            path: folder.join("closes.jsonl"),
+            limit: u64::MAX,
+        };
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let line = format!("{{\"user\":\"{}\"}}", "a".repeat(900));
+                let mut file = None;
+                for _ in 0..20_000 {
+                    ledger.append(&mut file, &line).unwrap();
+                }
+                done.store(true, Ordering::Release);
+            });
+            while !done.load(Ordering::Acquire) {
+                assert_eq!(ledger.newest(None, None, 1).unwrap().unreadable, 0);
+            }
+        });
+        std::fs::remove_dir_all(folder).unwrap();
     }
 }

@@ -242,7 +242,9 @@ impl Dispatcher {
     /// The ledger's records so far, each with its verdict where there is one.
     pub fn records(&self) -> Vec<Value> {
         let text = std::fs::read_to_string(self.base.join("closes.jsonl")).unwrap_or_default();
-        let lines = text
+        // What is behind the last end of a line is being written.
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        let lines = whole
             .lines()
             .map(|line| serde_json::from_str::<Value>(line).unwrap());
         let (later, mut records): (Vec<_>, Vec<_>) =
