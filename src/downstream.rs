@@ -1,11 +1,11 @@
 //! Connections of clients: who finds room, how long one may be silent, and what a head may take.
 
 use std::fmt;
-use std::io;
+use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -31,6 +31,7 @@ use crate::identity::Peer;
 use crate::probe::host;
 use crate::refuse::Refusal;
 use crate::room::Room;
+use crate::unsent::Unsent;
 
 /// How long a head may take, from its first byte; of a new connection, from its beginning.
 const HEAD: Duration = Duration::from_secs(15);
@@ -236,6 +237,8 @@ struct Guarded {
     rest: BytesMut,
     /// Who wants to read it, while it waits.
     waker: Option<Waker>,
+    /// What is written, and not sent.
+    unsent: Unsent,
 }
 
 impl Guarded {
@@ -251,6 +254,7 @@ impl Guarded {
             left: None,
             rest: BytesMut::new(),
             waker: None,
+            unsent: Unsent::default(),
         }
     }
 
@@ -355,6 +359,12 @@ impl Guarded {
         }
     }
 
+    /// Sends what is written.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let stream = self.stream.as_mut().expect("it is there until the drop");
+        self.unsent.poll_send(stream, cx)
+    }
+
     /// An answer is being written. To a handshake, whatever comes behind it is the tunnel's.
     fn answers(&mut self) {
         if self.head.waiting.load(Ordering::Relaxed) {
@@ -371,6 +381,8 @@ impl Guarded {
 
 impl Drop for Guarded {
     fn drop(&mut self) {
+        // Who is left in the middle of an answer gets what there is of it, if there is room for it now.
+        let _ = self.poll_send(&mut Context::from_waker(Waker::noop()));
         if let Some(refusal) = self.refusal.take() {
             *self.head.left() = self.stream.take().zip(Some(refusal));
         }
@@ -433,33 +445,36 @@ impl AsyncRead for Guarded {
 
 impl AsyncWrite for Guarded {
     fn poll_write(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.answers();
-        Pin::new(self.stream_mut()).poll_write(cx, bytes)
+        self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        this.answers();
+        let stream = this.stream.as_mut().expect("it is there until the drop");
+        this.unsent.poll_write(stream, cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(cx))?;
         Pin::new(self.stream_mut()).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(cx))?;
         Pin::new(self.stream_mut()).poll_shutdown(cx)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.answers();
-        Pin::new(self.stream_mut()).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream().is_write_vectored()
     }
 }
 
@@ -472,6 +487,7 @@ impl fmt::Debug for Guarded {
 #[async_trait]
 impl Shutdown for Guarded {
     async fn shutdown(&mut self) {
+        let _ = self.flush().await;
         Shutdown::shutdown(self.stream_mut().as_mut()).await;
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A request walks down this list and never back up; [`dispatch`] alone calls the rooms.
 //!
-//! 0. [`downstream`]: a connection, if there is [`room`] for it, and a [`head`] that comes in time and has one meaning only.
+//! 0. [`downstream`]: a connection, if there is [`room`] for it, and a [`head`] that comes in time and has one meaning only;
+//!    [`unsent`] is what its answers wait in.
 //! 1. [`identity`]: the socket peer and the headers say who is asking, and a signed token ([`jwt`]) where there has to be one.
 //! 2. [`table`]: who is asking says which instance is theirs.
 //! 3. [`session`]: the request's kind, its cookies and the instance's answer say whether to proxy or to pair.
@@ -56,5 +57,6 @@ pub mod story;
 pub mod table;
 pub mod tunnel;
 pub mod unbuffered;
+pub mod unsent;
 pub mod upgrade;
 pub mod verdict;

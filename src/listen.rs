@@ -18,6 +18,9 @@ use crate::forward::keepalive;
 /// WebSocket would keep one.
 const READ_BUFFER: usize = 0;
 
+/// Write buffer of a client's connection: [`crate::unsent`] is one.
+const WRITE_BUFFER: usize = 0;
+
 /// Why one cannot listen.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
@@ -139,7 +142,8 @@ pub fn endpoint(place: &Listen, access: &Access) -> ListenerConfig {
             ListenerConfig::uds(key(place)).permissions(Permissions::from_mode(access.mode))
         }
     };
-    config.l4_buffer(L4BufferSettings::default().read(READ_BUFFER))
+    let buffers = L4BufferSettings::default().read(READ_BUFFER);
+    config.l4_buffer(buffers.write(WRITE_BUFFER))
 }
 
 /// Finds out whether all places can be listened at. Pingora retries for half a minute and then panics; the operator
