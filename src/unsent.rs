@@ -215,29 +215,14 @@ mod tests {
 
     #[test]
     fn a_connection_that_takes_nothing_is_an_error() {
-        struct Full;
-        impl AsyncWrite for Full {
-            fn poll_write(
-                self: Pin<&mut Self>,
-                _: &mut Context<'_>,
-                _: &[u8],
-            ) -> Poll<io::Result<usize>> {
-                Poll::Ready(Ok(0))
-            }
-            fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-                Poll::Ready(Ok(()))
-            }
-            fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-                Poll::Ready(Ok(()))
-            }
-        }
+        let mut full = io::Cursor::new(&mut [][..]);
         let mut unsent = Unsent::default();
         let mut cx = Context::from_waker(Waker::noop());
         assert_eq!(
             write(&mut unsent, &mut Wire::default(), b"head"),
             Poll::Ready(4)
         );
-        let sent = unsent.poll_send(&mut Full, &mut cx);
+        let sent = unsent.poll_send(&mut full, &mut cx);
         let sent = sent.map_err(|error| error.kind());
         assert_eq!(sent, Poll::Ready(Err(io::ErrorKind::WriteZero)));
     }
