@@ -14,7 +14,7 @@ use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use pingora::{Error, ErrorSource, ErrorType, Result};
 
 use crate::config::Dispatch;
-use crate::downstream::{cut, head_is_read, with_peer_text};
+use crate::downstream::{cut, head_is_read, present_peer, with_peer_text};
 use crate::events::{self, Outcome};
 use crate::forward::{self, Shape};
 use crate::gate::how;
@@ -215,7 +215,7 @@ impl Inner {
 
     /// Who asks, and the instance that is theirs.
     async fn find(&self, session: &Session) -> Result<(String, Arc<Instance>), Refused> {
-        let peer = peer(session).ok_or((Refusal::Internal, None))?;
+        let peer = present_peer().ok_or((Refusal::Internal, None))?;
         let rules = &self.settings.identity;
         let headers = &session.req_header().headers;
         let user = who(peer, headers, rules, self.tokens.as_ref()).await;
@@ -319,7 +319,7 @@ impl Inner {
 
     /// Echoes to a probe.
     async fn probe(&self, session: &mut Session, ctx: &mut Ctx) -> Result<bool> {
-        let Some(peer) = peer(session) else {
+        let Some(peer) = present_peer() else {
             return refuse(session, ctx, Refusal::Internal, None).await;
         };
         let request = session.req_header();
@@ -391,15 +391,6 @@ async fn healthy(session: &mut Session) -> Result<bool> {
     Ok(true)
 }
 
-/// The other end of the connection. Where the system did not say, nobody is to be trusted.
-fn peer(session: &Session) -> Option<Peer> {
-    Peer::new(session.client_addr(), session.server_addr())
-}
-
-fn peer_ip(session: &Session) -> Option<IpAddr> {
-    peer(session)?.ip()
-}
-
 /// Whether there is no client any more that could be told something.
 fn is_client_gone(error: &Error) -> bool {
     let broken = matches!(
@@ -435,7 +426,7 @@ fn how_it_broke(error: &Error) -> How {
 /// Whose tunnel a request asks for.
 fn about(session: &Session, user: &str, instance: &Arc<Instance>) -> About {
     let headers = &session.req_header().headers;
-    let chain = live::chain(headers, peer_ip(session));
+    let chain = live::chain(headers, present_peer().and_then(Peer::ip));
     let told = headers.get("x-request-id").and_then(|id| id.to_str().ok());
     let usable = |id: &&str| {
         !id.is_empty() && id.len() <= 64 && id.bytes().all(|byte| byte.is_ascii_graphic())

@@ -69,9 +69,14 @@ pub fn cut() -> AbortHandle {
         .unwrap_or_else(|_| AbortHandle::new_pair().0)
 }
 
+/// The other end of the present connection. Where the system did not say, nobody is to be trusted.
+pub fn present_peer() -> Option<Peer> {
+    CONNECTION.try_with(|head| head.peer).ok().flatten()
+}
+
 /// Reads the address that the present connection comes from, if it has one, as text: made once for all its requests.
 pub fn with_peer_text<T>(read: impl FnOnce(&str) -> T) -> Option<T> {
-    let read = |head: &Arc<Head>| head.peer.as_deref().map(read);
+    let read = |head: &Arc<Head>| head.peer_text.as_deref().map(read);
     CONNECTION.try_with(read).ok().flatten()
 }
 
@@ -125,11 +130,16 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Front<A> {
         };
         let (head, cut) = Head::new(peer);
         let guarded = Box::new(Guarded::new(stream, head.clone()));
-        let served = CONNECTION.scope(head.clone(), self.app.process_new(guarded, shutdown));
-        if Abortable::new(served, cut).await.is_ok() {
+        let (app, shutdown) = (self.app.clone(), shutdown.clone());
+        let served = async move { app.process_new(guarded, &shutdown).await };
+        // A task of its own, so that nothing here is asked each time there is something to read or to write.
+        let mut served = tokio::spawn(CONNECTION.scope(head.clone(), served));
+        if Abortable::new(&mut served, cut).await.is_ok() {
             return None;
         }
-        // By now what served it has been dropped, and has left the connection behind.
+        served.abort();
+        // Once it has been dropped, it has left the connection behind.
+        let _ = served.await;
         let left = head.left().take();
         if let Some((stream, refusal)) = left {
             dismiss(stream, &refusal).await;
@@ -168,8 +178,10 @@ async fn dismiss(mut stream: Stream, refusal: &Refusal) {
 
 /// What a connection and what serves it tell each other.
 struct Head {
-    /// The address that the connection comes from.
-    peer: Option<String>,
+    /// The other end of the connection.
+    peer: Option<Peer>,
+    /// The address that it comes from.
+    peer_text: Option<String>,
     /// How many heads there were to read so far.
     wanted: AtomicU32,
     /// Whether one is being read.
@@ -187,7 +199,8 @@ impl Head {
     fn new(peer: Option<Peer>) -> (Arc<Head>, AbortRegistration) {
         let (cut, registration) = AbortHandle::new_pair();
         let head = Head {
-            peer: peer.and_then(Peer::ip).map(|ip| ip.to_string()),
+            peer,
+            peer_text: peer.and_then(Peer::ip).map(|ip| ip.to_string()),
             wanted: AtomicU32::new(0),
             reading: AtomicBool::new(false),
             waiting: AtomicBool::new(false),
