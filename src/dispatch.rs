@@ -494,6 +494,7 @@ impl ProxyHttp for Dispatcher {
             session.set_keepalive(None);
         }
         let request = session.req_header_mut();
+        forward::forget_spelling(request);
         if tunnel {
             // Pingora sees no WebSocket in a list of offers.
             if request

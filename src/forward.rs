@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 use std::time::Duration;
+use std::{mem, ptr};
 
+use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use pingora::http::{RequestHeader, ResponseHeader};
@@ -184,6 +186,18 @@ pub fn peer_for(
     (peer, is_reused)
 }
 
+/// Forgets how the names of headers are spelled. Pingora keeps that beside the headers and copies both for the instance, to which
+/// they are the same names however they are spelled (RFC 9110, section 5.1).
+pub fn forget_spelling(request: &mut RequestHeader) {
+    let in_uri = request.uri.path_and_query();
+    // What the URI does not tell of the target would be forgotten as well.
+    if in_uri.is_some_and(|target| ptr::eq(target.as_str().as_bytes(), request.raw_path())) {
+        let nothing: Parts = http::Request::new(()).into_parts().0;
+        let parts: Parts = mem::replace(request, nothing.into()).into();
+        *request = parts.into();
+    }
+}
+
 /// Makes `GET http://host/path` what it means, `GET /path` with that Host: instances know only the latter.
 ///
 /// # Errors
@@ -345,6 +359,34 @@ mod tests {
             "::1",
         ] {
             assert!(!is_host(host.as_bytes()), "{host}");
+        }
+    }
+
+    #[test]
+    fn a_request_without_its_spelling_is_the_same_request() {
+        for target in [
+            &b"/a/b?c=d"[..],
+            b"*",
+            b"?c",
+            b"http://t3.example.com/a?b",
+            b"/\xff",
+        ] {
+            let mut request = RequestHeader::build("OPTIONS", target, None).unwrap();
+            request.append_header("X-One", "1").unwrap();
+            request.append_header("x-oNE", "2").unwrap();
+            request.set_version(Version::HTTP_10);
+            let before = request.clone();
+            forget_spelling(&mut request);
+            assert_eq!(request.raw_path(), target);
+            assert_eq!(request.raw_path_is_utf8(), before.raw_path_is_utf8());
+            assert_eq!(request.uri, before.uri);
+            assert_eq!(request.headers, before.headers);
+            assert_eq!(request.method, before.method);
+            assert_eq!(request.version, before.version);
+            assert_eq!(
+                request.has_case(),
+                before.raw_path() != before.uri.path_and_query().unwrap().as_str().as_bytes()
+            );
         }
     }
 
