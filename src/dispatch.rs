@@ -14,12 +14,12 @@ use pingora::proxy::{FailToProxy, ProxyHttp, ProxyWarnLogContext, Session};
 use pingora::{Error, ErrorSource, ErrorType, Result};
 
 use crate::config::Dispatch;
-use crate::downstream::{cut, head_is_read, present_peer, with_peer_text};
+use crate::downstream::{cut, head_is_read, peer_address, present_peer};
 use crate::events::{self, Outcome};
 use crate::forward::{self, Shape};
 use crate::gate::how;
 use crate::identity::{IdentityError, Peer, client, who};
-use crate::instance::{Caller, address};
+use crate::instance::Caller;
 use crate::judge;
 use crate::jwt::Tokens;
 use crate::page;
@@ -494,7 +494,6 @@ impl ProxyHttp for Dispatcher {
             session.set_keepalive(None);
         }
         let request = session.req_header_mut();
-        forward::forget_spelling(request);
         if tunnel {
             // Pingora sees no WebSocket in a list of offers.
             if request
@@ -515,6 +514,12 @@ impl ProxyHttp for Dispatcher {
         // What is rare is boxed, so that every request need not bring the room for it.
         match self.0.decide(session, ctx).await {
             Ok(Step::Proxy) => {
+                if let Some((_, instance)) = &ctx.found {
+                    let jwt = self.0.settings.identity.jwt.as_ref();
+                    let token = jwt.map(|jwt| &jwt.header);
+                    let request = session.req_header_mut();
+                    forward::request_head(request, instance.port, token, peer_address())?;
+                }
                 if ctx.tunnel.is_some() {
                     ctx.original = unbuffer(session);
                 }
@@ -554,27 +559,6 @@ impl ProxyHttp for Dispatcher {
             error.set_retry(false);
         }
         error
-    }
-
-    async fn upstream_request_filter(
-        &self,
-        session: &mut Session,
-        request: &mut RequestHeader,
-        ctx: &mut Ctx,
-    ) -> Result<()> {
-        // A client of HTTP/1.0 need not name a host, but an instance wants one.
-        if let Some((_, instance)) = &ctx.found
-            && session.req_header().version < Version::HTTP_11
-            && !request.headers.contains_key(header::HOST)
-        {
-            request.insert_header(header::HOST, address(instance.port).to_string())?;
-        }
-        // A token is good for more than this instance.
-        if let Some(jwt) = &self.0.settings.identity.jwt {
-            request.remove_header(&jwt.header);
-        }
-        forward::origin_form(request)?;
-        with_peer_text(|client| forward::add_client(request, client)).unwrap_or(Ok(()))
     }
 
     async fn response_filter(

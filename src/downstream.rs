@@ -11,6 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::BytesMut;
 use futures_util::future::{AbortHandle, AbortRegistration, Abortable};
+use http::HeaderValue;
 use pingora::apps::{HttpServerApp, HttpServerOptions, ReusedHttpStream, ServerApp};
 use pingora::protocols::http::ServerSession;
 use pingora::protocols::{
@@ -74,10 +75,10 @@ pub fn present_peer() -> Option<Peer> {
     CONNECTION.try_with(|head| head.peer).ok().flatten()
 }
 
-/// Reads the address that the present connection comes from, if it has one, as text: made once for all its requests.
-pub fn with_peer_text<T>(read: impl FnOnce(&str) -> T) -> Option<T> {
-    let read = |head: &Arc<Head>| head.peer_text.as_deref().map(read);
-    CONNECTION.try_with(read).ok().flatten()
+/// The address that the present connection comes from, if it has one, as a header has it: made once for all its requests.
+pub fn peer_address() -> Option<HeaderValue> {
+    let address = CONNECTION.try_with(|head| head.address.clone());
+    address.ok().flatten()
 }
 
 /// A server on connections that are held to limits.
@@ -181,7 +182,7 @@ struct Head {
     /// The other end of the connection.
     peer: Option<Peer>,
     /// The address that it comes from.
-    peer_text: Option<String>,
+    address: Option<HeaderValue>,
     /// How many heads there were to read so far.
     wanted: AtomicU32,
     /// Whether one is being read.
@@ -200,7 +201,9 @@ impl Head {
         let (cut, registration) = AbortHandle::new_pair();
         let head = Head {
             peer,
-            peer_text: peer.and_then(Peer::ip).map(|ip| ip.to_string()),
+            address: peer
+                .and_then(Peer::ip)
+                .and_then(|ip| HeaderValue::try_from(ip.to_string()).ok()),
             wanted: AtomicU32::new(0),
             reading: AtomicBool::new(false),
             waiting: AtomicBool::new(false),
@@ -517,7 +520,8 @@ impl Peek for Guarded {}
 
 impl GetTimingDigest for Guarded {
     fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
-        self.stream().get_timing_digest()
+        // It would be asked for each request, and nobody looks at it.
+        Vec::new()
     }
 }
 

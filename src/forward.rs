@@ -1,9 +1,10 @@
 //! Passing on: the peer's options, and the headers out and back.
 
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
-use std::{mem, ptr};
 
+use http::header::InvalidHeaderValue;
 use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
@@ -12,11 +13,11 @@ use pingora::prelude::HttpPeer;
 use pingora::protocols::TcpKeepalive;
 use pingora::protocols::http::authority::{RawTargetAuthority, raw_target_authority};
 use pingora::upstreams::peer::HttpUpstreamRequestPolicy;
-use pingora::{Error, ErrorType, Result};
+use pingora::{Error, ErrorType, OrErr, Result};
 
 use crate::config::url;
 use crate::gate::GatedConnect;
-use crate::instance::peer;
+use crate::instance::{address, peer};
 use crate::pool::Checkout;
 use crate::refuse::ERROR_HEADER;
 use crate::table::Instance;
@@ -186,23 +187,45 @@ pub fn peer_for(
     (peer, is_reused)
 }
 
-/// Forgets how the names of headers are spelled. Pingora keeps that beside the headers and copies both for the instance, to which
-/// they are the same names however they are spelled (RFC 9110, section 5.1).
-pub fn forget_spelling(request: &mut RequestHeader) {
-    let in_uri = request.uri.path_and_query();
-    // What the URI does not tell of the target would be forgotten as well.
-    if in_uri.is_some_and(|target| ptr::eq(target.as_str().as_bytes(), request.raw_path())) {
-        let nothing: Parts = http::Request::new(()).into_parts().0;
-        let parts: Parts = mem::replace(request, nothing.into()).into();
-        *request = parts.into();
+/// Makes of the head of a request what its instance, which listens on `port`, gets: without the `token`, and with the address
+/// of the `client`.
+///
+/// # Errors
+/// When a header or the target cannot be written.
+pub fn request_head(
+    request: &mut RequestHeader,
+    port: u16,
+    token: Option<&HeaderName>,
+    client: Option<HeaderValue>,
+) -> Result<()> {
+    origin_form(request)?;
+    // What the URI cannot tell.
+    let target = (!request.raw_path_is_utf8()).then(|| request.raw_path().to_vec());
+    // Pingora keeps how the names of headers are spelled beside the headers, and would copy both. They are the same names
+    // however they are spelled (RFC 9110, section 5.1).
+    let nothing: Parts = http::Request::new(()).into_parts().0;
+    let mut parts: Parts = mem::replace(request, nothing.into()).into();
+    let headers = &mut parts.headers;
+    // A client of HTTP/1.0 need not name a host, but an instance wants one.
+    if parts.version < Version::HTTP_11 && !headers.contains_key(header::HOST) {
+        headers.insert(header::HOST, written(address(port).to_string())?);
+    }
+    // A token is good for more than this instance.
+    if let Some(token) = token {
+        headers.remove(token);
+    }
+    if let Some(client) = client {
+        add_client(headers, client)?;
+    }
+    *request = parts.into();
+    match target {
+        Some(target) => request.set_raw_path(&target),
+        None => Ok(()),
     }
 }
 
 /// Makes `GET http://host/path` what it means, `GET /path` with that Host: instances know only the latter.
-///
-/// # Errors
-/// When the host is none.
-pub fn origin_form(request: &mut RequestHeader) -> Result<()> {
+fn origin_form(request: &mut RequestHeader) -> Result<()> {
     if let RawTargetAuthority::Absolute {
         authority,
         path_and_query,
@@ -225,20 +248,28 @@ pub fn origin_form(request: &mut RequestHeader) -> Result<()> {
 }
 
 /// Adds the client's address to those that a request has been forwarded for.
-///
-/// # Errors
-/// When the header cannot be written.
-pub fn add_client(request: &mut RequestHeader, client: &str) -> Result<()> {
-    let told = request.headers.get_all(&FORWARDED_FOR);
+fn add_client(headers: &mut HeaderMap, client: HeaderValue) -> Result<()> {
+    let told = headers.get_all(&FORWARDED_FOR);
     let length = told.iter().map(|value| value.len() + 2).sum::<usize>();
-    // Of exactly that size, as what is left over would be given back by a copy.
-    let mut chain = Vec::with_capacity(length + client.len());
-    for value in told {
-        chain.extend_from_slice(value.as_bytes());
-        chain.extend_from_slice(b", ");
-    }
-    chain.extend_from_slice(client.as_bytes());
-    request.insert_header("X-Forwarded-For", chain)
+    let chain = if length == 0 {
+        client
+    } else {
+        // Of exactly that size, as what is left over would be given back by a copy.
+        let mut chain = Vec::with_capacity(length + client.len());
+        for value in told {
+            chain.extend_from_slice(value.as_bytes());
+            chain.extend_from_slice(b", ");
+        }
+        chain.extend_from_slice(client.as_bytes());
+        written(chain)?
+    };
+    headers.insert(FORWARDED_FOR.clone(), chain);
+    Ok(())
+}
+
+fn written(value: impl TryInto<HeaderValue, Error = InvalidHeaderValue>) -> Result<HeaderValue> {
+    let value = value.try_into();
+    value.or_err(ErrorType::InvalidHTTPHeader, "a header for the instance")
 }
 
 /// Whether a header belongs to one connection (RFC 9110, section 7.6.1), whichever way it goes.
@@ -363,29 +394,33 @@ mod tests {
     }
 
     #[test]
-    fn a_request_without_its_spelling_is_the_same_request() {
-        for target in [
-            &b"/a/b?c=d"[..],
-            b"*",
-            b"?c",
-            b"http://t3.example.com/a?b",
-            b"/\xff",
-        ] {
+    fn an_instance_gets_the_same_request_and_who_sent_it() {
+        for target in [&b"/a/b?c=d"[..], b"*", b"?c", b"/\xff"] {
             let mut request = RequestHeader::build("OPTIONS", target, None).unwrap();
-            request.append_header("X-One", "1").unwrap();
-            request.append_header("x-oNE", "2").unwrap();
-            request.set_version(Version::HTTP_10);
+            for (name, value) in [("X-One", "1"), ("x-oNE", "2"), ("Token", "secret")] {
+                request.append_header(name, value).unwrap();
+            }
             let before = request.clone();
-            forget_spelling(&mut request);
+            let client = HeaderValue::from_static("192.0.2.7");
+            let token = HeaderName::from_static("token");
+            request_head(&mut request, 3780, Some(&token), Some(client)).unwrap();
             assert_eq!(request.raw_path(), target);
             assert_eq!(request.raw_path_is_utf8(), before.raw_path_is_utf8());
             assert_eq!(request.uri, before.uri);
-            assert_eq!(request.headers, before.headers);
             assert_eq!(request.method, before.method);
             assert_eq!(request.version, before.version);
+            let all: Vec<_> = request
+                .headers
+                .iter()
+                .map(|(name, value)| (name.as_str(), value))
+                .collect();
             assert_eq!(
-                request.has_case(),
-                before.raw_path() != before.uri.path_and_query().unwrap().as_str().as_bytes()
+                all,
+                [
+                    ("x-one", "1"),
+                    ("x-one", "2"),
+                    ("x-forwarded-for", "192.0.2.7")
+                ]
             );
         }
     }
