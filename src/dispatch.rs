@@ -517,8 +517,9 @@ impl ProxyHttp for Dispatcher {
                 if let Some((_, instance)) = &ctx.found {
                     let jwt = self.0.settings.identity.jwt.as_ref();
                     let token = jwt.map(|jwt| &jwt.header);
+                    let (port, is_tunnel) = (instance.port, ctx.tunnel.is_some());
                     let request = session.req_header_mut();
-                    forward::request_head(request, instance.port, token, peer_address())?;
+                    forward::request_head(request, port, token, peer_address(), is_tunnel)?;
                 }
                 if ctx.tunnel.is_some() {
                     ctx.original = unbuffer(session);

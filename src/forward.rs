@@ -4,7 +4,6 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::InvalidHeaderValue;
 use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
@@ -188,7 +187,7 @@ pub fn peer_for(
 }
 
 /// Makes of the head of a request what its instance, which listens on `port`, gets: without the `token`, and with the address
-/// of the `client`.
+/// of the `client`. A WebSocket handshake keeps how its headers are spelled, as some server may look for them by hand.
 ///
 /// # Errors
 /// When a header or the target cannot be written.
@@ -197,31 +196,37 @@ pub fn request_head(
     port: u16,
     token: Option<&HeaderName>,
     client: Option<HeaderValue>,
+    is_tunnel: bool,
 ) -> Result<()> {
     origin_form(request)?;
-    // What the URI cannot tell.
-    let target = (!request.raw_path_is_utf8()).then(|| request.raw_path().to_vec());
-    // Pingora keeps how the names of headers are spelled beside the headers, and would copy both. They are the same names
-    // however they are spelled (RFC 9110, section 5.1).
-    let nothing: Parts = http::Request::new(()).into_parts().0;
-    let mut parts: Parts = mem::replace(request, nothing.into()).into();
-    let headers = &mut parts.headers;
     // A client of HTTP/1.0 need not name a host, but an instance wants one.
-    if parts.version < Version::HTTP_11 && !headers.contains_key(header::HOST) {
-        headers.insert(header::HOST, written(address(port).to_string())?);
+    if request.version < Version::HTTP_11 && !request.headers.contains_key(header::HOST) {
+        request.insert_header(header::HOST, address(port).to_string())?;
     }
     // A token is good for more than this instance.
     if let Some(token) = token {
-        headers.remove(token);
+        request.remove_header(token);
     }
-    if let Some(client) = client {
-        add_client(headers, client)?;
+    let chain = client.map(|client| forwarded_for(&request.headers, client));
+    match chain.transpose()? {
+        Some(chain) if is_tunnel => request.insert_header("X-Forwarded-For", chain),
+        None if is_tunnel => Ok(()),
+        chain => forget_spelling(request, chain),
+    }
+}
+
+/// Pingora keeps how the names of headers are spelled beside the headers, and would copy both. They are the same names
+/// however they are spelled (RFC 9110, section 5.1). The `chain` is added meanwhile, as that takes least then.
+fn forget_spelling(request: &mut RequestHeader, chain: Option<HeaderValue>) -> Result<()> {
+    // What the URI cannot tell.
+    let target = (!request.raw_path_is_utf8()).then(|| request.raw_path().to_vec());
+    let nothing: Parts = http::Request::new(()).into_parts().0;
+    let mut parts: Parts = mem::replace(request, nothing.into()).into();
+    if let Some(chain) = chain {
+        parts.headers.insert(FORWARDED_FOR.clone(), chain);
     }
     *request = parts.into();
-    match target {
-        Some(target) => request.set_raw_path(&target),
-        None => Ok(()),
-    }
+    target.map_or(Ok(()), |target| request.set_raw_path(&target))
 }
 
 /// Makes `GET http://host/path` what it means, `GET /path` with that Host: instances know only the latter.
@@ -247,29 +252,21 @@ fn origin_form(request: &mut RequestHeader) -> Result<()> {
     Ok(())
 }
 
-/// Adds the client's address to those that a request has been forwarded for.
-fn add_client(headers: &mut HeaderMap, client: HeaderValue) -> Result<()> {
+/// Those that a request has been forwarded for, and the client.
+fn forwarded_for(headers: &HeaderMap, client: HeaderValue) -> Result<HeaderValue> {
     let told = headers.get_all(&FORWARDED_FOR);
     let length = told.iter().map(|value| value.len() + 2).sum::<usize>();
-    let chain = if length == 0 {
-        client
-    } else {
-        // Of exactly that size, as what is left over would be given back by a copy.
-        let mut chain = Vec::with_capacity(length + client.len());
-        for value in told {
-            chain.extend_from_slice(value.as_bytes());
-            chain.extend_from_slice(b", ");
-        }
-        chain.extend_from_slice(client.as_bytes());
-        written(chain)?
-    };
-    headers.insert(FORWARDED_FOR.clone(), chain);
-    Ok(())
-}
-
-fn written(value: impl TryInto<HeaderValue, Error = InvalidHeaderValue>) -> Result<HeaderValue> {
-    let value = value.try_into();
-    value.or_err(ErrorType::InvalidHTTPHeader, "a header for the instance")
+    if length == 0 {
+        return Ok(client);
+    }
+    // Of exactly that size, as what is left over would be given back by a copy.
+    let mut chain = Vec::with_capacity(length + client.len());
+    for value in told {
+        chain.extend_from_slice(value.as_bytes());
+        chain.extend_from_slice(b", ");
+    }
+    chain.extend_from_slice(client.as_bytes());
+    HeaderValue::try_from(chain).or_err(ErrorType::InvalidHTTPHeader, "X-Forwarded-For")
 }
 
 /// Whether a header belongs to one connection (RFC 9110, section 7.6.1), whichever way it goes.
@@ -395,7 +392,21 @@ mod tests {
 
     #[test]
     fn an_instance_gets_the_same_request_and_who_sent_it() {
-        for target in [&b"/a/b?c=d"[..], b"*", b"?c", b"/\xff"] {
+        let targets = [&b"/a/b?c=d"[..], b"*", b"?c", b"/\xff"];
+        let heads = [
+            (
+                true,
+                "X-One: 1\r\nx-oNE: 2\r\nX-Forwarded-For: 192.0.2.7\r\n",
+            ),
+            (
+                false,
+                "x-one: 1\r\nx-one: 2\r\nx-forwarded-for: 192.0.2.7\r\n",
+            ),
+        ];
+        let all = targets
+            .iter()
+            .flat_map(|target| heads.map(|head| (*target, head)));
+        for (target, (is_tunnel, head)) in all {
             let mut request = RequestHeader::build("OPTIONS", target, None).unwrap();
             for (name, value) in [("X-One", "1"), ("x-oNE", "2"), ("Token", "secret")] {
                 request.append_header(name, value).unwrap();
@@ -403,24 +414,15 @@ mod tests {
             let before = request.clone();
             let client = HeaderValue::from_static("192.0.2.7");
             let token = HeaderName::from_static("token");
-            request_head(&mut request, 3780, Some(&token), Some(client)).unwrap();
+            request_head(&mut request, 3780, Some(&token), Some(client), is_tunnel).unwrap();
             assert_eq!(request.raw_path(), target);
             assert_eq!(request.raw_path_is_utf8(), before.raw_path_is_utf8());
             assert_eq!(request.uri, before.uri);
             assert_eq!(request.method, before.method);
             assert_eq!(request.version, before.version);
-            let headers = request.headers.iter();
-            let all: Vec<_> = headers
-                .map(|(name, value)| (name.as_str(), value.to_str().unwrap()))
-                .collect();
-            assert_eq!(
-                all,
-                [
-                    ("x-one", "1"),
-                    ("x-one", "2"),
-                    ("x-forwarded-for", "192.0.2.7")
-                ]
-            );
+            let mut written = Vec::new();
+            request.header_to_h1_wire(&mut written);
+            assert_eq!(String::from_utf8(written).unwrap(), head);
         }
     }
 

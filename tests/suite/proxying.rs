@@ -439,6 +439,10 @@ async fn a_websocket_passes_through() {
         seen.get("sec-websocket-extensions"),
         Some("permessage-deflate; client_max_window_bits")
     );
+    // Some server may look for them by hand. Pingora writes `upgrade` anew.
+    for (name, _) in headers.iter().filter(|(name, _)| *name != "Upgrade") {
+        assert!(seen.headers.iter().any(|(seen, _)| seen == name), "{name}");
+    }
 
     let mask = Some([1, 2, 3, 4]);
     // Beyond 64 KiB, Pingora's buffers do not hold a message at once.
