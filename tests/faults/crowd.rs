@@ -309,11 +309,15 @@ impl Worker {
                 let talk = async {
                     said.write(&mut socket.stream, MASK).await?;
                     let echo = Frame::read(&mut socket.stream).await?;
-                    goodbye(&mut socket).await?;
+                    if echo.opcode != frames::CLOSE {
+                        goodbye(&mut socket).await?;
+                    }
                     std::io::Result::Ok(echo)
                 };
                 match talk.await {
                     Ok(echo) if echo == said => Ok(()),
+                    // It was ordered to end right after it was opened.
+                    Ok(close) if close.opcode == frames::CLOSE => Err(closed(&close)),
                     Ok(_) => Err(What::NotTheirs),
                     Err(_) => Err(What::Broken),
                 }
@@ -406,12 +410,8 @@ impl Worker {
                     self.person.went_well(Doing::Socket, sent);
                 }
                 Ok(close) if close.opcode == frames::CLOSE => {
-                    let code = close
-                        .payload
-                        .first_chunk()
-                        .map(|code| u16::from_be_bytes(*code));
                     self.person
-                        .trouble(Instant::now(), Doing::Socket, What::Closed(code));
+                        .trouble(Instant::now(), Doing::Socket, closed(&close));
                     return false;
                 }
                 Ok(_) => self.person.trouble(sent, Doing::Socket, What::NotTheirs),
@@ -427,6 +427,12 @@ impl Worker {
             }
         }
     }
+}
+
+/// What a Close frame says.
+fn closed(frame: &Frame) -> What {
+    let code = frame.payload.first_chunk();
+    What::Closed(code.map(|code| u16::from_be_bytes(*code)))
 }
 
 /// Closes a WebSocket in good order.
