@@ -26,7 +26,7 @@ const REQUEST: u64 = 82;
 // 105; one for what goes on meanwhile.
 const CONNECTION: u64 = 106;
 const MESSAGE: u64 = 5;
-// 217 to 219, with what goes on in the seconds that a thousand of them take.
+// 217 to 222, with what goes on in the seconds that a thousand of them take.
 const TUNNEL: u64 = 224;
 
 /// Bytes that an open WebSocket may keep of what is said. Pingora would copy what its client says, up to 64 KB.
